@@ -1,0 +1,256 @@
+"""GGUF files with AAAC tensors: the gguf library extended in one place, a reader that refuses damaged files, a streaming atomic writer."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import gguf
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.gguf_reader import ReaderField, ReaderTensor
+from gguf.gguf_writer import WriterState
+
+from . import format as fmt
+from .errors import AaacError
+
+PARTIAL = ".partial"
+
+
+class Value(NamedTuple):
+    """One metadata value with its GGUF type, and the type of its items if it is an array."""
+
+    value: Any
+    kind: GGUFValueType
+    item_kind: GGUFValueType | None = None
+
+
+Metadata = Mapping[str, Value]
+
+
+def _register(qtype: fmt.AaacType) -> None:
+    """Make one AAAC type known to the gguf library: its enum of types and its table of sizes."""
+    member = int.__new__(GGMLQuantizationType, qtype.type_id)
+    member._name_, member._value_ = qtype.name, qtype.type_id
+    GGMLQuantizationType._member_map_[qtype.name] = member
+    GGMLQuantizationType._value2member_map_[qtype.type_id] = member
+    GGMLQuantizationType._member_names_.append(qtype.name)
+    GGML_QUANT_SIZES[member] = (qtype.block_size, qtype.type_size)
+
+
+for _qtype in fmt.TYPES.values():
+    _register(_qtype)
+
+
+def tensor_bytes(shape: Sequence[int], ggml_type: GGMLQuantizationType) -> int:
+    """Bytes of a tensor of `shape` (numpy order: the row length last)."""
+    block_size, type_size = GGML_QUANT_SIZES[ggml_type]
+    return int(np.prod(shape, dtype=np.int64)) // block_size * type_size
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf's reader, made safe for files that lie: every access is bounds-checked, and arrays are parsed without a view per element."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        n_bytes = np.dtype(dtype).itemsize * int(count)
+        if int(offset) + n_bytes > self.data.size:
+            raise AaacError(f"needs {n_bytes} bytes at offset {int(offset)} and the file ends at {self.data.size}")
+        return super()._get(int(offset), dtype, int(count), override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        item_type = self._get(orig_offs, np.uint32)
+        length = self._get(orig_offs + 4, np.uint64)
+        kind, count, start = GGUFValueType(item_type[0]), int(length[0]), orig_offs + 12
+        parts: list[Any] = [item_type, length]
+        if kind == GGUFValueType.STRING:
+            offset = start
+            view = memoryview(self.data)
+            for _ in range(count):
+                self._get(offset, np.uint64)
+                n_bytes = int.from_bytes(view[offset : offset + 8], "little")
+                parts.append(self._get(offset + 8, np.uint8, n_bytes))
+                offset += 8 + n_bytes
+            return offset - orig_offs, parts, list(range(2, len(parts))), [GGUFValueType.ARRAY, kind]
+        if kind not in self.gguf_scalar_to_np:
+            raise AaacError(f"holds an array of {kind.name}, which this reader does not take")
+        values = self._get(start, self.gguf_scalar_to_np[kind], count)
+        return 12 + values.nbytes, [*parts, values], [2], [GGUFValueType.ARRAY, kind]
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        for field in fields:
+            _, _, _, dims, raw_type, offset = field.parts
+            try:
+                ggml_type = GGMLQuantizationType(raw_type[0])
+            except ValueError:
+                raise AaacError(f"tensor {field.name} has the unknown type id {raw_type[0]}") from None
+            # Python integers: the product of hostile dimensions must not wrap around.
+            block_size, type_size = GGML_QUANT_SIZES[ggml_type]
+            n_elements = 1
+            for dim in dims.tolist():
+                n_elements *= dim
+            if dims.size == 0 or dims[0] % block_size:
+                raise AaacError(f"tensor {field.name} has rows of {dims[0] if dims.size else 0} weights, not whole blocks of {block_size}")
+            end = start_offs + int(offset[0]) + n_elements // block_size * type_size
+            if end > self.data.size:
+                raise AaacError(f"the data of tensor {field.name} ends at byte {end} and the file at {self.data.size}")
+        super()._build_tensors(start_offs, fields)
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """An open GGUF: metadata, tensors by name (data memory-mapped), and the codec of every AAAC tensor."""
+
+    path: Path
+    fields: Mapping[str, ReaderField]
+    tensors: Mapping[str, ReaderTensor]
+    codecs: Mapping[str, fmt.Codec]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a metadata key, lists for arrays."""
+        return self.fields[key].contents() if key in self.fields else default
+
+    @property
+    def architecture(self) -> str:
+        return str(self.get("general.architecture", ""))
+
+    def load(self, name: str) -> fmt.F32:
+        """The weights of tensor `name`, decoded: float32 in numpy order."""
+        tensor = self.tensors[name]
+        return dequantize(tensor.data, tensor.tensor_type, self.codecs.get(name))
+
+
+def dequantize(data: Any, ggml_type: GGMLQuantizationType, codec: fmt.Codec | None = None) -> fmt.F32:
+    """Float32 weights of one tensor's data as gguf's reader gives it. AAAC types need their `codec`."""
+    if ggml_type in fmt.TYPES_BY_ID:
+        assert codec is not None
+        return fmt.decode(fmt.TYPES_BY_ID[ggml_type], np.asarray(data), codec)
+    return gguf.dequantize(np.asarray(data), ggml_type).astype(np.float32, copy=False)
+
+
+def read(path: str | os.PathLike[str]) -> GgufFile:
+    """Open a GGUF file. Raises AaacError for whatever is not a whole, valid file: see docs/format.md."""
+    path = Path(path)
+    if not path.is_file():
+        raise AaacError(f"{path}: no such file; give the path of a GGUF file")
+    try:
+        reader = _Reader(path)
+        tensors = {t.name: t for t in reader.tensors}
+        codecs = _read_codecs(reader)
+    except AaacError as e:
+        raise AaacError(f"{path}: {e}") from None
+    except OSError as e:
+        raise AaacError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError) as e:
+        raise AaacError(f"{path}: not a whole GGUF file ({e}); download or make it again") from None
+    listed, present = set(codecs), {t.name for t in reader.tensors if t.tensor_type in fmt.TYPES_BY_ID}
+    if missing := sorted(present - listed):
+        raise AaacError(f"{path}: AAAC tensor {missing[0]} is not in {fmt.KEY_TENSOR_NAMES}; write the file again")
+    if extra := sorted(listed - present):
+        raise AaacError(f"{path}: {fmt.KEY_TENSOR_NAMES} lists {extra[0]}, which is not an AAAC tensor of this file; write the file again")
+    return GgufFile(path, reader.fields, tensors, codecs)
+
+
+def _read_codecs(reader: gguf.GGUFReader) -> dict[str, fmt.Codec]:
+    """The codecs that the metadata lists; a file without AAAC keys has none."""
+    keys = (fmt.KEY_VERSION, fmt.KEY_TENSOR_NAMES, fmt.KEY_CODEBOOKS, fmt.KEY_SCALE_BASE, fmt.KEY_SCALE_MANTISSA_BITS)
+    if not any(key in reader.fields for key in keys):
+        return {}
+    for key in keys:
+        if key not in reader.fields:
+            raise AaacError(f"metadata key {key} is missing; write the file again")
+    version, names, *arrays = (reader.fields[key] for key in keys)
+    wanted = (GGUFValueType.INT8, GGUFValueType.FLOAT32, GGUFValueType.UINT8)
+    for field, kind in zip(arrays, wanted, strict=True):
+        if field.types != [GGUFValueType.ARRAY, kind]:
+            raise AaacError(f"metadata key {field.name} is not an array of {kind.name}; write the file again")
+    values = [field.parts[field.data[0]] for field in arrays]
+    return fmt.codecs_from_metadata(version.contents(), names.contents(), *values)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a GGUF header says of one tensor; `shape` in numpy order."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+
+    @property
+    def n_bytes(self) -> int:
+        return tensor_bytes(self.shape, self.type)
+
+
+def render_header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
+    """All that precedes the tensor data, padding included."""
+    arch = str(metadata["general.architecture"].value)
+    writer = gguf.GGUFWriter(None, arch)
+    for key, value in metadata.items():
+        if key != "general.architecture":  # the constructor has written it
+            writer.add_key_value(key, value.value, value.kind, sub_type=value.item_kind)
+    if "general.alignment" in metadata:
+        writer.data_alignment = alignment(metadata)
+    for t in tensors:
+        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, raw_dtype=t.type)
+    # The library writes to named files; hand it a buffer in the state it has after opening one.
+    buffer = io.BytesIO()
+    writer.fout, writer.state = [buffer], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(buffer, buffer.tell())
+    return buffer.getvalue()
+
+
+def alignment(metadata: Metadata) -> int:
+    """The multiple of bytes at which tensor data starts."""
+    return int(metadata["general.alignment"].value) if "general.alignment" in metadata else gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+def field_values(fields: Mapping[str, ReaderField]) -> dict[str, Value]:
+    """The metadata of an open file in the form that `render_header` takes; the reader's own GGUF.* fields left out."""
+    values = {}
+    for name, field in fields.items():
+        if not name.startswith("GGUF."):
+            values[name] = Value(field.contents(), *field.types)
+    return values
+
+
+def codec_values(codecs: Mapping[str, fmt.Codec]) -> dict[str, Value]:
+    """The aaac.* keys of `codecs` in the form that `render_header` takes."""
+    values = fmt.codecs_to_metadata(codecs)
+    kinds = {
+        fmt.KEY_TENSOR_NAMES: GGUFValueType.STRING,
+        fmt.KEY_CODEBOOKS: GGUFValueType.INT8,
+        fmt.KEY_SCALE_BASE: GGUFValueType.FLOAT32,
+        fmt.KEY_SCALE_MANTISSA_BITS: GGUFValueType.UINT8,
+    }
+    arrays = {key: Value(np.asarray(values[key]).tolist(), GGUFValueType.ARRAY, kind) for key, kind in kinds.items()}
+    return {fmt.KEY_VERSION: Value(fmt.VERSION, GGUFValueType.UINT32), **arrays}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` only when the block ends well: written as `path`.partial, then renamed; removed after an error."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise AaacError(f"{path}: the disk is full; free space or choose another output") from None
+        raise AaacError(f"{path}: cannot be written: {e.strerror or e}; choose another output") from None
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

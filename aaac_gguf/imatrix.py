@@ -1,0 +1,160 @@
+"""llama.cpp's importance files: read GGUF and legacy .dat, write GGUF, and say what they do not cover.
+
+An importance matrix holds, per weight tensor and input channel k, the sum of x_k^2 over the tokens that reached the tensor, and how many did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from .errors import AaacError
+from .format import F32
+from .gguf_io import TensorInfo, Value, atomic, read, render_header
+
+SUFFIX_SUMS, SUFFIX_COUNTS = ".in_sum2", ".counts"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's statistics: `sums` float32 [E, K] of x^2 and `counts` float32 [E] of tokens; E is 1, or the number of experts."""
+
+    sums: F32
+    counts: F32
+
+    def importance(self) -> F32:
+        """Mean x^2 per channel: float32 [K], or [E, K] for experts. An expert that no token reached gets 1 everywhere."""
+        counts = self.counts[:, None]
+        means = np.where(counts > 0, self.sums / np.maximum(counts, 1), 1).astype(np.float32)
+        return means[0] if len(means) == 1 else means
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Entries by GGUF tensor name, and where they came from."""
+
+    entries: Mapping[str, Entry]
+    datasets: list[str] = field(default_factory=list)
+    n_chunks: int = 0
+    chunk_size: int = 0
+
+    def fitted(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Imatrix:
+        """The entries of the model whose tensors have `shapes` (numpy order). Raises AaacError for an imatrix of another model.
+
+        Legacy files store an expert tensor's channels in one run [1, E * K]: here they become [E, K].
+        """
+        fitted = {}
+        for name, entry in self.entries.items():
+            if name not in shapes:
+                continue
+            shape = shapes[name]
+            n_experts = shape[0] if len(shape) == 3 else 1
+            if entry.sums.shape == (1, n_experts * shape[-1]):
+                entry = Entry(entry.sums.reshape(n_experts, -1), np.repeat(entry.counts, n_experts))
+            if entry.sums.shape != (n_experts, shape[-1]):
+                raise AaacError(
+                    f"{path}: tensor {name} has {entry.sums.size} channels, the model's has {n_experts * shape[-1]}; is it of another model?"
+                )
+            if not np.isfinite(entry.sums).all() or (entry.sums < 0).any():
+                raise AaacError(f"{path}: tensor {name} has values that are not finite or negative; make the imatrix again")
+            fitted[name] = entry
+        if not fitted:
+            raise AaacError(f"{path}: names no tensor of this model; give the imatrix that was made from it")
+        return replace(self, entries=fitted)
+
+    def not_covered(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` without an entry, and experts that no token reached as `name (expert i)`."""
+        missing = []
+        for name in names:
+            if name not in self.entries:
+                missing.append(name)
+            elif len(counts := self.entries[name].counts) > 1:
+                missing += [f"{name} (expert {i})" for i in np.flatnonzero(counts == 0)]
+        return missing
+
+
+def read_imatrix(path: str | Path) -> Imatrix:
+    """Read llama-imatrix output, GGUF or legacy .dat by its first bytes. Raises AaacError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise AaacError(f"--imatrix {path}: no such file; make one with llama-imatrix")
+    with open(path, "rb") as f:
+        magic = f.read(4)
+    return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    file = read(path)
+    if file.get("general.type") != "imatrix":
+        raise AaacError(f"{path}: a GGUF file, but not an importance matrix; give the output of llama-imatrix")
+    entries = {}
+    for name, tensor in file.tensors.items():
+        if name.endswith(SUFFIX_SUMS):
+            base = name.removesuffix(SUFFIX_SUMS)
+            if base + SUFFIX_COUNTS not in file.tensors:
+                raise AaacError(f"{path}: tensor {base} has sums and no counts; make the imatrix again")
+            counts = np.asarray(file.tensors[base + SUFFIX_COUNTS].data, dtype=np.float32).reshape(-1)
+            sums = np.asarray(tensor.data, dtype=np.float32)
+            entries[base] = Entry(sums.reshape(len(counts), -1), counts)
+    return Imatrix(entries, file.get("imatrix.datasets", []), file.get("imatrix.chunk_count", 0), file.get("imatrix.chunk_size", 0))
+
+
+def _read_dat(path: Path) -> Imatrix:
+    """The legacy layout: n_entries, then per entry name, n_calls and n values (mean x^2 times n_calls), then n_chunks and the data set's name."""
+    data = path.read_bytes()
+    offset = 0
+
+    def take(n: int) -> bytes:
+        nonlocal offset
+        if n < 0 or offset + n > len(data):
+            raise AaacError(f"{path}: not an importance matrix, or cut short at byte {offset}; make it again with llama-imatrix")
+        offset += n
+        return data[offset - n : offset]
+
+    def take_int() -> int:
+        return int(struct.unpack("<i", take(4))[0])
+
+    entries = {}
+    for _ in range(take_int()):
+        name = take(take_int()).decode("utf-8", errors="replace")
+        n_calls, n_values = take_int(), take_int()
+        values = np.frombuffer(take(4 * n_values), dtype="<f4").astype(np.float32)
+        entries[name] = Entry(values[None], np.array([max(n_calls, 1)], dtype=np.float32))
+    if not entries:
+        raise AaacError(f"{path}: an importance matrix without entries; make it again with llama-imatrix")
+    if offset == len(data):  # files of before the data set's name was added
+        return Imatrix(entries)
+    n_chunks = take_int()
+    return Imatrix(entries, [take(take_int()).decode("utf-8", errors="replace")], n_chunks)
+
+
+def write_imatrix(path: Path, imatrix: Imatrix) -> None:
+    """Write the GGUF form, which llama-quantize and llama-imatrix read."""
+    metadata = {
+        "general.architecture": Value("imatrix", gguf.GGUFValueType.STRING),
+        "general.type": Value("imatrix", gguf.GGUFValueType.STRING),
+        "imatrix.datasets": Value(imatrix.datasets, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING),
+        "imatrix.chunk_count": Value(imatrix.n_chunks, gguf.GGUFValueType.UINT32),
+        "imatrix.chunk_size": Value(imatrix.chunk_size, gguf.GGUFValueType.UINT32),
+    }
+    tensors, infos = [], []
+    for name, entry in sorted(imatrix.entries.items()):
+        for suffix, values in ((SUFFIX_SUMS, entry.sums), (SUFFIX_COUNTS, entry.counts[:, None])):
+            infos.append(TensorInfo(name + suffix, values.shape, gguf.GGMLQuantizationType.F32))
+            tensors.append(np.ascontiguousarray(values, dtype="<f4").tobytes())
+    with atomic(path) as f:
+        f.write(render_header(metadata, infos))
+        for data in tensors:
+            f.write(data + bytes(-len(data) % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
