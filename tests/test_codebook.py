@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from aaac_gguf.codebook import fit_paper, round_levels
+from aaac_gguf.codebook import _kmeans_step, fit_paper, round_levels
 from aaac_gguf.format import G16, TYPES, decode
 from aaac_gguf.quantize import quantize
 
@@ -96,6 +96,20 @@ def test_paper_method_is_algorithm_1():
     start = [np.quantile(x.ravel()[drawn], steps), np.quantile(x.ravel()[drawn], 1 / 30 + (1 - 1 / 30) * steps)]
     expected = np.stack(literal_algorithm_1(x.astype(np.float64), a.astype(np.float64), start))
     assert np.abs(codec.codebooks - expected).max() <= 0.5 + 1e-3
+
+
+def test_an_empty_cell_keeps_its_value():
+    book = torch.linspace(-1, 1, 16)
+    moved = _kmeans_step(torch.full((1, 16), 0.9), torch.ones(1, 16), book)
+    assert moved.tolist() == [*book[:14].tolist(), pytest.approx(0.9), 1.0]
+
+
+def test_levels_serve_the_groups_with_large_scales():
+    """A level's error counts with the square of the scale, so groups a thousand times smaller must not move the codebooks."""
+    large = heavy_tailed(256, 512)
+    small = 1e-3 * torch.from_numpy(np.random.default_rng(6).uniform(-1, 1, (256, 512)).astype(np.float32)) * large.std()
+    alone, mixed = (quantize(w, G16).codec.codebooks.astype(int) for w in (large, torch.cat([large, small])))
+    assert np.abs(alone - mixed).max() <= 2
 
 
 @ALL_TYPES

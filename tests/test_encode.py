@@ -8,7 +8,7 @@ from aaac_gguf import encode as encode_module
 from aaac_gguf.encode import Encoded, Grid, decode, encode
 from aaac_gguf.format import G16, G32, G128, TYPES, Codec, pack, scale_factors
 from aaac_gguf.format import decode as decode_blocks
-from aaac_gguf.quantize import quantize
+from aaac_gguf.quantize import _normalised, quantize
 
 ALL_TYPES = pytest.mark.parametrize("qtype", TYPES.values(), ids=TYPES)
 
@@ -147,6 +147,7 @@ def test_experts_share_codebooks_and_an_idle_one_counts_as_one():
     assert q.data.shape == (3, 8, G128.row_bytes(128))
     assert q.codec.check("experts").codebooks.shape == (2, 16)
     difference = weight - torch.from_numpy(decode_blocks(G128, q.data, q.codec))
+    assert (_normalised(importance, 3, 128, weight.device)[1] == 1).all()
     assert (difference.square().sum((1, 2)) < 0.03 * weight.square().sum((1, 2))).all()
 
 

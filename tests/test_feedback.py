@@ -94,6 +94,10 @@ def test_dead_channels_are_rounded_for_themselves(qtype):
     h = hessian()
     h[32:64] = 0
     h[:, 32:64] = 0
+    u, _ = factor(h, 0.01)
+    assert torch.allclose(u.diagonal()[32:64], torch.tensor(1.01**-0.5))
+    assert (u[32:64, 64:] == 0).all()
+    assert (u[:32, 32:64] == 0).all()
     w = weights()
     q = quantize(w, qtype, hessian=h)
     difference = w - torch.from_numpy(decode(qtype, q.data, q.codec))
