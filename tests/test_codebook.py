@@ -105,11 +105,11 @@ def test_an_empty_cell_keeps_its_value():
 
 
 def test_levels_serve_the_groups_with_large_scales():
-    """A level's error counts with the square of the scale, so groups a thousand times smaller must not move the codebooks."""
+    """A level's error counts with the square of the scale, so groups of a third the size hardly move the codebooks."""
     large = heavy_tailed(256, 512)
-    small = 1e-3 * torch.from_numpy(np.random.default_rng(6).uniform(-1, 1, (256, 512)).astype(np.float32)) * large.std()
+    small = 0.3 * torch.from_numpy(np.random.default_rng(6).uniform(-1, 1, (256, 512)).astype(np.float32)) * large.std()
     alone, mixed = (quantize(w, G16).codec.codebooks.astype(int) for w in (large, torch.cat([large, small])))
-    assert np.abs(alone - mixed).max() <= 2
+    assert np.abs(alone - mixed).mean() < 0.3
 
 
 @ALL_TYPES
