@@ -1,0 +1,135 @@
+"""Per-channel importance of every weight matrix: run text, or tokens that the model writes itself, through transformers and watch the products.
+
+The importance of input channel k of a linear layer is I_k = sum_t x_tk^2 (arXiv 2605.08692), the diagonal of the activations' second
+moment and what llama.cpp calls an importance matrix.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from .checkpoint import gguf_names, load_tokenizer
+from .errors import AaacError
+from .imatrix import Entry, Imatrix
+
+Observer = Callable[[str, int, torch.Tensor], None]  # parameter name, expert (0 where there is one), inputs [tokens, K]
+
+
+class Products(TorchFunctionMode):
+    """While active, reports the input of every matrix product whose weight is a parameter of `model`, or a slice of one.
+
+    Watching products instead of modules also sees experts that share one 3-D parameter, and GPT-2's transposed Conv1D.
+    """
+
+    def __init__(self, model: torch.nn.Module, observer: Observer):
+        super().__init__()
+        named = sorted(((p.data_ptr(), name, p) for name, p in model.named_parameters() if p.dim() >= 2), key=lambda item: item[0])
+        self.starts = [start for start, _, _ in named]
+        self.parameters = [(name, p) for _, name, p in named]
+        self.observer = observer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            self._report(args[0], args[1] if len(args) > 1 else kwargs["weight"])
+        elif func is torch.addmm:
+            self._report(args[1], args[2])
+        elif func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            self._report(args[0], args[1])
+        return func(*args, **kwargs)
+
+    def _report(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        i = bisect.bisect_right(self.starts, weight.data_ptr()) - 1
+        if i < 0:
+            return
+        name, parameter = self.parameters[i]
+        offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        if offset < parameter.numel() and inputs.shape[-1] in weight.shape:
+            self.observer(name, offset // parameter.stride(0) if parameter.dim() == 3 else 0, inputs.detach().reshape(-1, inputs.shape[-1]))
+
+
+def text_tokens(source: Path, text: Path, n_sequences: int, sequence_length: int) -> tuple[torch.Tensor, str]:
+    """The first `n_sequences` sequences of the text as int64 [n, sequence_length], BOS in place of each first token as in
+    llama-imatrix, and the sha256 of the text. Raises AaacError for a text that is empty or shorter than one sequence."""
+    try:
+        content = text.read_bytes()
+    except OSError as e:
+        raise AaacError(f"--calib {text}: {e.strerror}; give a text file, or `self`") from None
+    try:
+        decoded = content.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise AaacError(f"--calib {text}: not UTF-8 text ({e.reason} at byte {e.start}); give a text file") from None
+    if not decoded.strip():
+        raise AaacError(f"--calib {text}: the text is empty; give a longer one, or `self`")
+    tokenizer = load_tokenizer(source)
+    # A little more text than needed, so that a book does not take minutes to tokenize: no token is longer than 32 characters on average.
+    ids = tokenizer(decoded[: 32 * n_sequences * sequence_length], verbose=False)["input_ids"]
+    n = min(n_sequences, len(ids) // sequence_length)
+    if n == 0:
+        raise AaacError(f"--calib {text}: {len(ids)} tokens, shorter than one sequence of {sequence_length}; give a longer text, or `self`")
+    tokens = torch.tensor(ids[: n * sequence_length]).reshape(n, sequence_length)
+    if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
+        tokens[:, 0] = tokenizer.bos_token_id
+    return tokens, hashlib.sha256(content).hexdigest()
+
+
+def self_tokens(model: Any, n_sequences: int, sequence_length: int, seed: int) -> torch.Tensor:
+    """Sequences that the model samples from itself at temperature 1: int64 [n_sequences, sequence_length], the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    bos = model.config.get_text_config().bos_token_id
+    first = torch.full((n_sequences, 1), bos if bos is not None else 0)
+    second = torch.randint(vocab_size, (n_sequences, 1), generator=generator)  # sequences must differ from their start
+    tokens = torch.cat([first, second], dim=1)
+    past, batch = None, tokens.to(model.device)
+    with torch.inference_mode():
+        for _ in tqdm(range(sequence_length - 2), desc="sampling calibration tokens", unit="token", disable=None, leave=False):
+            out = model(input_ids=batch, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
+            batch = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat([tokens, batch], dim=1)
+            batch = batch.to(model.device)
+    return tokens
+
+
+def importance(model: Any, tokens: torch.Tensor, architecture: str, present: Collection[str], dataset: str) -> Imatrix:
+    """Sums of squared inputs of every product over `tokens` int64 [n, T], by GGUF tensor name; `present` are the file's tensor names."""
+    sums: dict[tuple[str, int], torch.Tensor] = {}
+    counts: dict[tuple[str, int], int] = {}
+
+    def observe(name: str, expert: int, inputs: torch.Tensor) -> None:
+        key = (name, expert)
+        squares = inputs.double().square().sum(0)
+        sums[key] = sums[key] + squares if key in sums else squares
+        counts[key] = counts.get(key, 0) + len(inputs)
+
+    with torch.inference_mode(), Products(model, observe):
+        for sequence in tqdm(tokens, desc="calibrating", unit="sequence", disable=None, leave=False):
+            model(input_ids=sequence[None].to(model.device), use_cache=False)
+
+    n_layers = model.config.get_text_config().num_hidden_layers
+    entries: dict[str, Entry] = {}
+    for name, parameter in model.named_parameters():
+        n_experts = len(parameter) if parameter.dim() == 3 else 1
+        seen = [expert for expert in range(n_experts) if (name, expert) in sums]
+        if not seen:
+            continue
+        width = len(sums[name, seen[0]])
+        total = np.zeros((n_experts, width), dtype=np.float32)
+        count = np.zeros(n_experts, dtype=np.float32)
+        for expert in seen:
+            total[expert], count[expert] = sums[name, expert].cpu().numpy(), counts[name, expert]
+        for gguf_name in gguf_names(name, architecture, n_layers, present):
+            entries[gguf_name] = Entry(total, count)
+    # A tied output matrix is the embedding's parameter; llama.cpp multiplies with token_embd then.
+    return Imatrix(entries, [dataset], len(tokens), tokens.shape[1])

@@ -1,0 +1,94 @@
+"""A Hugging Face checkpoint folder: checked before anything slow starts, loaded through transformers, its parameters named as in GGUF."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from .errors import AaacError
+
+
+def check(source: Path) -> dict[str, Any]:
+    """The parsed config.json of a folder whose files are whole. Raises AaacError that names what is missing or cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    if not source.exists():
+        raise AaacError(f"{source}: no such file or directory; give a Hugging Face model folder or a GGUF file")
+    if not source.is_dir():
+        raise AaacError(f"{source}: neither a folder nor a GGUF file; give a Hugging Face model folder or a GGUF file")
+    if not (source / "config.json").is_file():
+        raise AaacError(f"{source}: has no config.json; give the folder of a Hugging Face model")
+    config = _read_json(source / "config.json")
+    if not config.get("architectures"):
+        raise AaacError(f'{source / "config.json"}: names no architectures; add the model class, for example ["LlamaForCausalLM"]')
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if not (source / name).is_file():
+                raise AaacError(f"{source / name}: is listed in {index.name} and missing; download it")
+    for path in sorted(source.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as e:
+            raise AaacError(f"{path}: damaged or cut short ({e}); download it again") from None
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as e:
+        raise AaacError(f"{path}: not valid JSON ({e}); download it again") from None
+    if not isinstance(value, dict):
+        raise AaacError(f"{path}: not a JSON object; download it again")
+    return value
+
+
+def load_model(source: Path, device: str = "cpu") -> Any:
+    """The causal language model in evaluation mode: float32 on a CPU, the checkpoint's own dtype on a GPU."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    dtype = torch.float32 if device == "cpu" else "auto"
+    try:
+        # Experts one product at a time, so that each product's input can be seen.
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, experts_implementation="eager")
+    except Exception as e:  # transformers raises whatever the model's own code raises
+        raise AaacError(f"{source}: transformers cannot load it ({_one_line(e)}); calibrate with --imatrix, or --calib none") from None
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except Exception as e:
+        raise AaacError(f"{source}: transformers cannot load the tokenizer ({_one_line(e)}); calibrate with --calib self or --imatrix") from None
+
+
+def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collection[str]) -> list[str]:
+    """The GGUF tensors among `present` that hold the checkpoint parameter, by the gguf library's own map; [] if there is none.
+
+    One parameter can be two tensors: experts' fused gate and up projections, which llama.cpp stores apart.
+    """
+    arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if arch is None:
+        return []
+    names = gguf.get_tensor_name_map(arch, n_layers)
+    # transformers fuses what most checkpoints, and llama.cpp, hold apart: the experts' gate and up projections.
+    parts = [parameter.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")] if ".experts." in parameter else []
+    candidates = [names.get_name(key, try_suffixes=(".weight", ".bias")) for key in (parameter, *parts)]
+    stems = [name.removesuffix(".weight") for name in candidates if name]
+    return [f"{stem}.weight" for stem in dict.fromkeys(stems) if f"{stem}.weight" in present]
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

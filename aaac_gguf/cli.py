@@ -1,0 +1,170 @@
+"""The command line: argparse only, every verb is a few lines into a module."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from . import __version__
+from .errors import AaacError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Status 0 for success, 1 for a verification that failed, 2 for bad input."""
+    # gguf maps files read-only and torch warns once that it could not write to them.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except AaacError as e:
+        print(f"aaac-gguf: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("aaac-gguf: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` for one, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aaac-gguf", description="4-bit GGUF files with two learned codebooks per matrix, and the llama.cpp that runs them"
+    )
+    parser.add_argument("--version", action="version", version=f"aaac-gguf {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    p = verbs.add_parser("convert", help="quantize a Hugging Face folder or a full-precision GGUF")
+    p.add_argument("source", type=Path, metavar="SRC", help="Hugging Face model folder, or full-precision GGUF file")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
+    p.add_argument("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128, Q8_0, BF16, F16, F32")
+    p.add_argument("--embedding-type", default="Q6_K", metavar="TYPE", help="type of token_embd and output in a 4-bit file (default Q6_K)")
+    p.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="REGEX=TYPE",
+        help="type of the tensors whose name matches; may repeat, the last match wins",
+    )
+    p.add_argument("--calib", metavar="TEXT", help="calibrate on a text file, on tokens sampled from the model (self), or not at all (none); "
+                   "default: self for a folder, none for a GGUF")  # fmt: skip
+    p.add_argument("--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file (GGUF or .dat)")
+    p.add_argument("--calib-sequences", type=_positive, default=64, metavar="N", help="calibration sequences at most (default 64)")
+    p.add_argument("--calib-length", type=_positive, default=512, metavar="T", help="tokens per calibration sequence (default 512)")
+    p.add_argument("--method", choices=("aaac", "paper"), default="aaac", help="aaac (default), or the paper's Algorithm 1 as published")
+    p.add_argument("--seed", type=int, default=0, help="for sampled tokens and for the groups that codebooks are fitted to (default 0)")
+    p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and the exact size, write nothing")
+    p.set_defaults(run=_convert)
+
+    p = verbs.add_parser("verify", help="check a file's structure, its tensors against the source, and llama.cpp's logits")
+    p.add_argument("file", type=Path, metavar="FILE.gguf")
+    p.add_argument("--source", type=Path, metavar="SRC", help="what the file was made from; without it only the structure is checked")
+    p.add_argument("--text", type=Path, metavar="FILE", help="text to compare logits on (default: the sample that ships with aaac-gguf)")
+    p.add_argument("--imatrix", type=Path, metavar="FILE", help="weight tensor errors by this importance, where the source is a GGUF")
+    p.set_defaults(run=_verify)
+
+    p = verbs.add_parser("dequantize", help="write the decoded weights as an ordinary GGUF that stock llama.cpp runs")
+    p.add_argument("file", type=Path, metavar="FILE.gguf")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="FULL.gguf")
+    p.add_argument("--type", default="F32", help="F32 (default, exact), F16 or BF16")
+    p.set_defaults(run=_dequantize)
+
+    p = verbs.add_parser("inspect", help="list tensors, types, bytes and codebooks")
+    p.add_argument("file", type=Path, metavar="FILE.gguf")
+    p.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the codebooks")
+    p.set_defaults(run=_inspect)
+
+    p = verbs.add_parser("demo", help="the whole way with the bundled model: convert, verify, run, compare")
+    p.add_argument("-o", "--output", type=Path, default=Path("aaac-demo"), metavar="DIR", help="where to write (default ./aaac-demo)")
+    p.set_defaults(run=_demo)
+
+    p = verbs.add_parser("llama", help="the patched llama.cpp: build it, run its tools")
+    actions = p.add_subparsers(required=True, metavar="ACTION")
+    p = actions.add_parser("build", help="fetch, patch and build; does nothing the second time")
+    p.set_defaults(run=_llama_build)
+    p = actions.add_parser("run", help="run a built tool", prefix_chars="\0")  # everything after TOOL is the tool's
+    p.add_argument("tool", metavar="TOOL")
+    p.add_argument("args", nargs=argparse.REMAINDER, metavar="...")
+    p.set_defaults(run=_llama_run)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from . import convert, plan, report
+
+    if args.calib and args.imatrix:
+        raise AaacError("--calib and --imatrix: give one of them")
+    calib = args.calib or ("none" if args.source.is_file() else "self")
+    settings = convert.Settings(
+        type=plan.parse_type(args.type, "--type"),
+        overrides=[plan.parse_override(text) for text in args.tensor_type],
+        embedding=plan.parse_type(args.embedding_type, "--embedding-type"),
+        calibration=convert.Calibration(calib, args.imatrix, args.calib_sequences, args.calib_length, args.seed),
+        method=args.method,
+        device=args.device,
+    )
+    if args.dry_run:
+        print(report.plan_text(*convert.dry_run(args.source, args.output, settings)))
+    else:
+        print(report.convert_text(args.output, convert.convert(args.source, args.output, settings)))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from . import demo, report, verify
+
+    result = verify.verify(args.file, args.source, args.text or demo.SAMPLE_TEXT, args.imatrix)
+    print(report.verification_text(result))
+    return 1 if result.failures else 0
+
+
+def _dequantize(args: argparse.Namespace) -> None:
+    from . import convert, plan
+
+    ggml_type = plan.parse_type(args.type, "--type")
+    if ggml_type not in plan.PLAIN_TYPES:
+        raise AaacError(f"--type {args.type}: choose from F32, F16, BF16")
+    n_bytes = convert.dequantize_file(args.file, args.output, ggml_type)
+    print(f"wrote {args.output}: {n_bytes:,} bytes")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from . import gguf_io, report
+
+    file = gguf_io.read(args.file)
+    print(report.inspect_text(file))
+    if args.plot:
+        report.plot_codebooks(file, args.plot)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    return demo.run(args.output)
+
+
+def _llama_build(args: argparse.Namespace) -> None:
+    from . import llama
+
+    print(llama.build())
+
+
+def _llama_run(args: argparse.Namespace) -> int:
+    from . import llama
+
+    return subprocess.run([llama.tool(args.tool), *args.args]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""A checkpoint or full-precision GGUF becomes an AAAC GGUF: plan, calibrate, fit, encode, write, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as T
+from gguf import GGUFValueType, LlamaFileType
+from tqdm import tqdm
+
+from . import __version__, calibrate, checkpoint, llama
+from . import format as fmt
+from .errors import AaacError
+from .gguf_io import GgufFile, Metadata, TensorInfo, Value, alignment, atomic, codec_values, dequantize, field_values, read, render_header
+from .imatrix import Imatrix, read_imatrix, sha256
+from .kquants import quantize_q6_k
+from .plan import Override, TensorPlan, make_plan
+from .quantize import Method, quantize
+
+# general.file_type where llama.cpp has a number for it; llama.cpp guesses from the tensors for the others.
+FILE_TYPES = {T.F32: LlamaFileType.ALL_F32, T.F16: LlamaFileType.MOSTLY_F16, T.BF16: LlamaFileType.MOSTLY_BF16, T.Q8_0: LlamaFileType.MOSTLY_Q8_0}
+
+# Stands in for codecs that are not fitted yet: a header has the same size with any codec.
+BLANK_CODEC = fmt.Codec(np.tile(np.arange(-8, 8, dtype=np.int8), (2, 1)), 1.0, 2)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where importance comes from. source: "none", "self" or the path of a text; or an importance file."""
+
+    source: str = "self"
+    imatrix: Path | None = None
+    n_sequences: int = 64
+    sequence_length: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `convert` was asked for; the flags of the same names."""
+
+    type: T = T["AAAC4_G16"]
+    overrides: Sequence[Override] = ()
+    embedding: T = T.Q6_K
+    calibration: Calibration = Calibration()
+    method: Method = "aaac"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one quantized tensor; errors are relative squared errors."""
+
+    plan: TensorPlan
+    relative_error: float
+    weighted_error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion made, and what calibration did not reach."""
+
+    n_bytes: int
+    tensors: list[TensorReport]
+    not_covered: list[str]
+    seconds: float
+
+
+@contextmanager
+def full_precision(source: Path, scratch: Path, header_only: bool = False) -> Iterator[GgufFile]:
+    """The full-precision GGUF of a checkpoint folder or of a GGUF file. A folder's is made in `scratch` and removed after use."""
+    if source.is_file():
+        yield read(source)
+        return
+    config = checkpoint.check(source)
+    dtype = str(config.get("dtype", config.get("torch_dtype", "")))
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
+        out = Path(folder) / "source.gguf"
+        llama.convert_hf(source, out, "f32" if dtype == "float32" else "auto", header_only)
+        yield read(out)
+
+
+def convert(source: Path, out: Path, settings: Settings) -> Report:
+    """Quantize `source` into `out`. Raises AaacError for bad input, before anything slow where that is possible, and leaves no file behind."""
+    start = time.monotonic()
+    check_output(out)
+    # In the first seconds: everything that can be refused without reading the weights.
+    with full_precision(source, out.parent, header_only=True) as header:
+        plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
+        quantized = [p.name for p in plans if p.type in fmt.TYPES_BY_ID]
+        # Nothing to calibrate where nothing is quantized by importance.
+        inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
+    with full_precision(source, out.parent) as file:
+        check_finite(file)
+        imatrix = measure(source, file, inputs, settings)
+        metadata = output_metadata(file, settings, inputs, quantized)
+        codecs = dict.fromkeys(quantized, BLANK_CODEC)
+        reports: list[TensorReport] = []
+
+        def encode(plan: TensorPlan) -> Any:
+            tensor = file.tensors[plan.name]
+            if plan.type == plan.source_type:
+                return np.ascontiguousarray(tensor.data)
+            weight = load_weight(file, plan.name, settings.device)
+            if plan.type not in fmt.TYPES_BY_ID:
+                return encode_stock(weight, plan.type)
+            entry = imatrix.entries.get(plan.name)
+            importance = torch.from_numpy(entry.importance()).to(settings.device) if entry else None
+            result = quantize(weight, fmt.TYPES_BY_ID[plan.type], importance, method=settings.method, seed=settings.calibration.seed)
+            codecs[plan.name] = result.codec
+            reports.append(TensorReport(plan, result.relative_error, result.weighted_error))
+            return result.data
+
+        write_gguf(out, metadata, plans, encode, codecs)
+    not_covered = imatrix.not_covered(quantized) if inputs.description["source"] != "none" else []
+    return Report(out.stat().st_size, reports, not_covered, time.monotonic() - start)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Calibration as far as it is known before the weights are read: what the file will say of it, and its tokens or importance."""
+
+    description: Mapping[str, Any]
+    tokens: torch.Tensor | None = None
+    imatrix: Imatrix | None = None
+
+
+def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
+    """Check and read the calibration input. Raises AaacError for text that is too short, an imatrix of another model, and so on."""
+    if calibration.imatrix:
+        imatrix = read_imatrix(calibration.imatrix)
+        imatrix = imatrix.fitted(calibration.imatrix, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in header.tensors.items()})
+        description = {"source": "imatrix", "file": calibration.imatrix.name, "sha256": sha256(calibration.imatrix), "datasets": imatrix.datasets}
+        return Inputs({**description, "tokens": imatrix.n_chunks * imatrix.chunk_size}, imatrix=imatrix)
+    if calibration.source == "none":
+        return Inputs({"source": "none"})
+    if source.is_file():
+        raise AaacError(
+            f"--calib {calibration.source}: needs a Hugging Face folder to run, and {source} is a GGUF file; use --imatrix, or --calib none"
+        )
+    n, length = calibration.n_sequences, calibration.sequence_length
+    if calibration.source == "self":
+        return Inputs({"source": "self", "seed": calibration.seed, "tokens": n * length, "sequence_length": length})
+    text = Path(calibration.source)
+    tokens, digest = calibrate.text_tokens(source, text, n, length)
+    return Inputs({"source": "text", "file": text.name, "sha256": digest, "tokens": tokens.numel(), "sequence_length": length}, tokens=tokens)
+
+
+def measure(source: Path, file: GgufFile, inputs: Inputs, settings: Settings) -> Imatrix:
+    """The importance of the model's matrices, run through transformers unless an imatrix gives it."""
+    if inputs.imatrix:
+        return inputs.imatrix
+    if inputs.description["source"] == "none":
+        return Imatrix({})
+    calibration = settings.calibration
+    model = checkpoint.load_model(source, settings.device)
+    tokens = inputs.tokens
+    if tokens is None:
+        tokens = calibrate.self_tokens(model, calibration.n_sequences, calibration.sequence_length, calibration.seed)
+    return calibrate.importance(model, tokens, file.architecture, file.tensors, calibration.source)
+
+
+def check_output(out: Path) -> None:
+    """Raise AaacError unless a file can be made at `out`."""
+    if out.is_dir():
+        raise AaacError(f"{out}: is a directory; name a file")
+    if not out.parent.is_dir():
+        raise AaacError(f"{out}: there is no directory {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise AaacError(f"{out}: {out.parent} cannot be written; choose another output")
+
+
+def check_finite(file: GgufFile) -> None:
+    """Raise AaacError that names the first tensor with NaN or Inf."""
+    for name in tqdm(file.tensors, desc="checking weights", unit="tensor", disable=None, leave=False):
+        if file.tensors[name].tensor_type in (T.F32, T.F16, T.BF16) and not torch.isfinite(_stored(file, name)).all():
+            raise AaacError(f"{file.path}: tensor {name} holds NaN or Inf; the checkpoint is broken, download it again")
+
+
+def _stored(file: GgufFile, name: str) -> torch.Tensor:
+    """A floating-point tensor in its own dtype, memory-mapped."""
+    tensor = file.tensors[name]
+    data = torch.from_numpy(np.asarray(tensor.data))
+    return data.view(torch.bfloat16) if tensor.tensor_type == T.BF16 else data
+
+
+def load_weight(file: GgufFile, name: str, device: str) -> torch.Tensor:
+    """Float32 weights [..., K] of a full-precision tensor on `device`."""
+    return _stored(file, name).to(device).float()
+
+
+def encode_stock(weight: torch.Tensor, ggml_type: T) -> np.ndarray:
+    """The data of a type that every llama.cpp reads."""
+    if ggml_type == T.Q6_K:
+        return quantize_q6_k(weight)
+    return gguf.quantize(weight.cpu().numpy(), ggml_type)
+
+
+def output_metadata(file: GgufFile, settings: Settings, inputs: Inputs, quantized: Sequence[str]) -> dict[str, Value]:
+    """The source's metadata, with what the new file must say differently; codecs come later."""
+    metadata = {key: value for key, value in field_values(file.fields).items() if not key.startswith(("split.", "aaac."))}
+    metadata.pop("general.file_type", None)
+    if settings.type in FILE_TYPES:
+        metadata["general.file_type"] = Value(int(FILE_TYPES[settings.type]), GGUFValueType.UINT32)
+    metadata["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
+    if quantized:
+        description = {**inputs.description, "method": settings.method}
+        metadata[fmt.KEY_QUANTIZER] = Value(f"aaac-gguf {__version__}", GGUFValueType.STRING)
+        metadata[fmt.KEY_CALIBRATION] = Value(json.dumps(description), GGUFValueType.STRING)
+    return metadata
+
+
+def dry_run(source: Path, out: Path, settings: Settings) -> tuple[list[TensorPlan], int]:
+    """The plan and the exact bytes of the file that `convert` would write."""
+    check_output(out)
+    with full_precision(source, out.parent, header_only=True) as header:
+        plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
+        quantized = [p.name for p in plans if p.type in fmt.TYPES_BY_ID]
+        inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
+        metadata = output_metadata(header, settings, inputs, quantized)
+        return plans, file_bytes(metadata, [p.info for p in plans], dict.fromkeys(quantized, BLANK_CODEC))
+
+
+def file_bytes(metadata: Metadata, tensors: Sequence[TensorInfo], codecs: Mapping[str, fmt.Codec]) -> int:
+    """The size of the GGUF that `write_gguf` makes of these."""
+    align = alignment(metadata)
+    return len(_header(metadata, tensors, codecs)) + sum(t.n_bytes + -t.n_bytes % align for t in tensors)
+
+
+def _header(metadata: Metadata, tensors: Sequence[TensorInfo], codecs: Mapping[str, fmt.Codec]) -> bytes:
+    return render_header({**metadata, **(codec_values(codecs) if codecs else {})}, tensors)
+
+
+def write_gguf(
+    out: Path, metadata: Metadata, plans: Sequence[TensorPlan], encode: Callable[[TensorPlan], Any], codecs: Mapping[str, fmt.Codec]
+) -> None:
+    """Write a GGUF tensor by tensor. `encode` returns one tensor's data and may fill in its entry of `codecs`, which keeps the header's size."""
+    infos = [p.info for p in plans]
+    align = alignment(metadata)
+    header = _header(metadata, infos, codecs)
+    bar = tqdm(total=sum(p.n_weights for p in plans), desc="quantizing", unit="weight", unit_scale=True, disable=None, leave=False)
+    with bar, atomic(out) as f:
+        f.write(header)
+        for plan in plans:
+            data = encode(plan)
+            if data.nbytes != plan.n_bytes:
+                raise AssertionError(f"tensor {plan.name} takes {data.nbytes} bytes, planned {plan.n_bytes}")
+            f.write(memoryview(data).cast("B"))
+            f.write(bytes(-plan.n_bytes % align))
+            bar.update(plan.n_weights)
+        final = _header(metadata, infos, codecs)
+        assert len(final) == len(header)
+        f.seek(0)
+        f.write(final)
+
+
+def dequantize_file(source: Path, out: Path, ggml_type: T) -> int:
+    """Write the decoded weights of `source` as F32, F16 or BF16, a file that stock llama.cpp runs. Returns its bytes."""
+    check_output(out)
+    file = read(source)
+    plans = []
+    for name, tensor in file.tensors.items():
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        floating = tensor.tensor_type not in (T.I8, T.I16, T.I32, T.I64, T.F64)
+        wanted = (ggml_type if len(shape) > 1 else T.F32) if floating else tensor.tensor_type
+        plans.append(TensorPlan(name, shape, tensor.tensor_type, wanted, ""))
+
+    def decode(plan: TensorPlan) -> Any:
+        tensor = file.tensors[plan.name]
+        if plan.type == plan.source_type:
+            return np.ascontiguousarray(tensor.data)
+        return encode_stock(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type, file.codecs.get(plan.name))), plan.type)
+
+    settings = Settings(type=ggml_type)
+    write_gguf(out, output_metadata(file, settings, Inputs({"source": "none"}), []), plans, decode, {})
+    return out.stat().st_size

@@ -1,0 +1,103 @@
+"""What the verbs print: tables, and the plot of a file's codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gguf import GGMLQuantizationType as T
+
+from . import format as fmt
+from .errors import AaacError
+from .gguf_io import GgufFile, tensor_bytes
+
+if TYPE_CHECKING:  # these import torch, and `inspect` starts without it
+    from .convert import Report
+    from .plan import TensorPlan
+    from .verify import Verification
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their headings: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))] for row in (header, *rows)]
+    return "\n".join("  ".join(line).rstrip() for line in [lines[0], ["-" * w for w in widths], *lines[1:]])
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return " x ".join(str(int(n)) for n in shape)
+
+
+def plan_text(plans: Sequence[TensorPlan], n_bytes: int) -> str:
+    """A plan's tensors, why where there is something to say, and the sums."""
+    from .plan import summary
+
+    rows = [(p.name, shape_text(p.shape), p.source_type.name, p.type.name, f"{p.n_bytes:,}", p.reason) for p in plans]
+    return f"{table(('tensor', 'shape', 'from', 'to', 'bytes', 'why'), rows)}\n\n{summary(plans)}\n{'file':>10} {'':13} {n_bytes:15,} bytes"
+
+
+def convert_text(out: Path, report: Report) -> str:
+    """One paragraph on a finished conversion."""
+    lines = [f"wrote {out}: {report.n_bytes:,} bytes in {report.seconds:.1f} s"]
+    if report.tensors:
+        n_weights = [t.plan.n_weights for t in report.tensors]
+        for what in ("relative_error", "weighted_error"):
+            mean = sum(n * getattr(t, what) for n, t in zip(n_weights, report.tensors, strict=True)) / sum(n_weights)
+            worst = max(report.tensors, key=lambda t: getattr(t, what))
+            lines.append(f"{what.replace('_', ' ')}: mean {mean:.5f}, worst {getattr(worst, what):.5f} in {worst.plan.name}")
+    if report.not_covered:
+        lines.append(f"calibration did not reach {len(report.not_covered)}: {', '.join(report.not_covered)}")
+    return "\n".join(lines)
+
+
+def verification_text(result: Verification) -> str:
+    """Tensors, logits, verdict."""
+    parts = []
+    if result.tensors:
+        rows = [(t.name, t.type, f"{t.relative:.6f}", "" if t.weighted is None else f"{t.weighted:.6f}") for t in result.tensors]
+        parts.append(table(("tensor", "type", "relative error", "weighted error"), rows))
+    if result.n_tokens:
+        agreement = f"mean KL divergence {result.mean_kld:.6f}, same top token {100 * result.same_top:.2f} %"
+        parts.append(f"patched llama.cpp against {result.reference}, {result.n_tokens} tokens: {agreement}")
+    parts.append("\n".join(f"FAILED: {failure}" for failure in result.failures) or "verified")
+    return "\n\n".join(parts)
+
+
+def inspect_text(file: GgufFile) -> str:
+    """A file's tensors with types, bytes and bits per weight, its calibration, and the codebooks of AAAC tensors."""
+    rows = []
+    for name, t in file.tensors.items():
+        shape = tuple(int(n) for n in reversed(t.shape))
+        rows.append((name, shape_text(shape), t.tensor_type.name, f"{t.n_bytes:,}", f"{8 * t.n_bytes / t.n_elements:.4g}"))
+    n_bytes, n_weights = sum(t.n_bytes for t in file.tensors.values()), sum(tensor_bytes(t.shape, T.I8) for t in file.tensors.values())
+    parts = [table(("tensor", "shape", "type", "bytes", "bits per weight"), rows)]
+    for name, codec in file.codecs.items():
+        books = "\n".join(f"  {' '.join(f'{int(level):4}' for level in book)}" for book in codec.codebooks)
+        parts.append(f"{name}: scale base {codec.scale_base:.6g}, {codec.scale_mantissa_bits} mantissa bits\n{books}")
+    parts += [f"{key}: {file.get(key)}" for key in (fmt.KEY_QUANTIZER, fmt.KEY_CALIBRATION) if file.get(key)]
+    parts.append(f"{len(rows)} tensors, {n_bytes:,} bytes, {8 * n_bytes / n_weights:.3f} bits per weight; file {file.path.stat().st_size:,} bytes")
+    return "\n\n".join(parts)
+
+
+def plot_codebooks(file: GgufFile, out: Path) -> None:
+    """Draw each AAAC tensor's two codebooks as two rows of ticks."""
+    if not file.codecs:
+        raise AaacError(f"{file.path}: has no AAAC tensors, nothing to plot")
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise AaacError("--plot: needs matplotlib; pip install 'aaac-gguf[plot]'") from None
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(file.codecs)), layout="constrained")
+    for row, codec in enumerate(file.codecs.values()):
+        for book, colour, offset in zip(codec.codebooks, ("tab:blue", "tab:orange"), (-0.18, 0.18), strict=True):
+            axes.plot(book, [row + offset] * fmt.N_LEVELS, "|", color=colour, markersize=7, markeredgewidth=1.6)
+    axes.set_yticks(range(len(file.codecs)), list(file.codecs), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("level (int8), first codebook blue, second orange")
+    axes.set_title(f"{file.path.name}: learned codebooks")
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as e:
+        raise AaacError(f"--plot {out}: cannot be written: {e}") from None
+    plt.close(figure)

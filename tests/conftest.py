@@ -1,0 +1,100 @@
+"""Fixtures: a small GGUF made here, the bundled model, and the patched llama.cpp where it is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from aaac_gguf import demo, llama
+from aaac_gguf import format as fmt
+from aaac_gguf.convert import full_precision
+from aaac_gguf.errors import AaacError
+from aaac_gguf.gguf_io import GgufFile
+
+# Threads that spin while other programs run cost more than they give to models this small.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+def random_codec(rng: np.random.Generator, m: int = 3) -> fmt.Codec:
+    """Two asymmetric codebooks and a scale base."""
+    books = np.stack([np.sort(rng.choice(np.arange(-127, 128), 16, replace=False)) for _ in range(2)])
+    return fmt.Codec(books.astype(np.int8), float(np.float32(rng.uniform(1e-4, 1e-2))), m)
+
+
+def random_blocks(rng: np.random.Generator, qtype: fmt.AaacType, *shape: int) -> np.ndarray:
+    """Valid blocks for weights of `shape`, every bit random."""
+    *outer, n_per_row = shape
+    codes = rng.integers(0, qtype.n_scale_codes, (*outer, n_per_row // qtype.group_size), dtype=np.uint8)
+    selectors = rng.integers(0, 2, (*outer, n_per_row // fmt.SELECTOR_SIZE), dtype=np.uint8)
+    return fmt.pack(qtype, rng.integers(0, 16, shape, dtype=np.uint8), selectors, codes)
+
+
+def write_source(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """A full-precision GGUF of no real model: enough for everything that does not run it."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("made by a test")
+    writer.add_block_count(1)
+    writer.add_token_list(["a", "bc", "d"])
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def source(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Two matrices, an embedding, a norm, and a matrix whose rows fit no block of 64."""
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return write_source(
+        tmp_path / "source.gguf",
+        {
+            "token_embd.weight": normal(8, 256),
+            "blk.0.attn_norm.weight": normal(256),
+            "blk.0.attn_q.weight": normal(64, 256),
+            "blk.0.ffn_down.weight": normal(128, 192).astype(np.float16),
+            "blk.0.attn_k.weight": normal(8, 96),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_source() -> Path:
+    """The patched llama.cpp source, fetched if it is not in the cache."""
+    try:
+        return llama.fetch()
+    except AaacError as e:
+        pytest.skip(f"no llama.cpp source: {e}")
+
+
+@pytest.fixture(scope="session")
+def patched() -> Path:
+    """The folder of the patched llama.cpp's binaries."""
+    if not llama.is_built():
+        pytest.skip("patched llama.cpp is not built; run `aaac-gguf llama build`")
+    return llama.build()
+
+
+@pytest.fixture(scope="session")
+def demo_full(llama_source: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The bundled model as a full-precision GGUF, open."""
+    with full_precision(demo.MODEL, tmp_path_factory.mktemp("full")) as file:
+        yield file
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(demo_full: GgufFile) -> Path:
+    return demo_full.path

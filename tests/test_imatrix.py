@@ -1,0 +1,88 @@
+"""Importance files: both layouts, experts, coverage, and imatrices of other models."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aaac_gguf.errors import AaacError
+from aaac_gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
+
+
+def entry(values, counts=(1.0,)) -> Entry:
+    return Entry(np.atleast_2d(np.asarray(values, dtype=np.float32)), np.asarray(counts, dtype=np.float32))
+
+
+def write_dat(path: Path, entries: dict[str, tuple[int, list[float]]], dataset: str | None = "text.txt") -> None:
+    data = struct.pack("<i", len(entries))
+    for name, (n_calls, values) in entries.items():
+        data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", n_calls, len(values)) + np.asarray(values, "<f4").tobytes()
+    if dataset is not None:
+        data += struct.pack("<ii", 5, len(dataset)) + dataset.encode()
+    path.write_bytes(data)
+
+
+def test_importance_is_the_mean_and_unseen_experts_count_as_one():
+    np.testing.assert_array_equal(entry([6, 3], [3]).importance(), [2, 1])
+    np.testing.assert_array_equal(entry([[6, 3], [0, 0]], [3, 0]).importance(), [[2, 1], [1, 1]])
+
+
+def test_gguf_round_trip(tmp_path):
+    imatrix = Imatrix({"a.weight": entry([1, 2], [4]), "e.weight": entry([[1, 2], [3, 4]], [5, 0])}, ["x.txt"], 7, 512)
+    write_imatrix(tmp_path / "i.gguf", imatrix)
+    again = read_imatrix(tmp_path / "i.gguf")
+    assert (again.datasets, again.n_chunks, again.chunk_size) == (["x.txt"], 7, 512)
+    for name, e in imatrix.entries.items():
+        np.testing.assert_array_equal(again.entries[name].sums, e.sums)
+        np.testing.assert_array_equal(again.entries[name].counts, e.counts)
+
+
+@pytest.mark.parametrize("dataset", ["text.txt", None])
+def test_legacy_dat(tmp_path, dataset):
+    write_dat(tmp_path / "i.dat", {"a.weight": (4, [8, 4])}, dataset)
+    imatrix = read_imatrix(tmp_path / "i.dat")
+    np.testing.assert_array_equal(imatrix.entries["a.weight"].importance(), [2, 1])
+    assert imatrix.datasets == ([dataset] if dataset else [])
+
+
+def test_legacy_experts_are_unfolded(tmp_path):
+    write_dat(tmp_path / "i.dat", {"e.weight": (2, [2, 4, 6, 8])})
+    fitted = read_imatrix(tmp_path / "i.dat").fitted(tmp_path, {"e.weight": (2, 5, 2)})
+    np.testing.assert_array_equal(fitted.entries["e.weight"].importance(), [[1, 2], [3, 4]])
+
+
+def test_not_covered():
+    imatrix = Imatrix({"a": entry([1]), "e": entry([[1], [0]], [1, 0])})
+    assert imatrix.not_covered(["a", "b", "e"]) == ["b", "e (expert 1)"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"other": entry([1, 2])}, "names no tensor of this model"),
+        ({"a": entry([1, 2, 3])}, "tensor a has 3 channels, the model's has 2"),
+        ({"a": entry([1, np.nan])}, "not finite or negative"),
+        ({"a": entry([1, -1])}, "not finite or negative"),
+    ],
+)
+def test_imatrix_of_another_model(entries, words):
+    with pytest.raises(AaacError, match=words):
+        Imatrix(entries).fitted(Path("i.gguf"), {"a": (5, 2), "b": (5, 2)})
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(AaacError, match="no such file"):
+        read_imatrix(tmp_path / "none")
+    (tmp_path / "junk").write_bytes(b"\x01\x00\x00\x00\xff\xff\xff\x7fabc")
+    with pytest.raises(AaacError, match="not an importance matrix, or cut short"):
+        read_imatrix(tmp_path / "junk")
+    write_dat(tmp_path / "i.dat", {"a.weight": (4, [8, 4])})
+    (tmp_path / "cut.dat").write_bytes((tmp_path / "i.dat").read_bytes()[:-12])
+    with pytest.raises(AaacError, match="cut short"):
+        read_imatrix(tmp_path / "cut.dat")
+
+
+def test_a_model_is_not_an_imatrix(source):
+    with pytest.raises(AaacError, match="not an importance matrix"):
+        read_imatrix(source)
