@@ -1,0 +1,425 @@
+#include "aaac.h"
+
+#include "ggml-aaac.h"
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+#include "kernels.h"
+
+#include <algorithm>
+
+// From this many columns on, decoding a tile of rows once for all of them beats decoding each row for every column.
+static constexpr int64_t MIN_TILE_COLS = 4;
+
+// Rows that a thread takes at a time: small enough to balance the threads, a multiple of every TILE_ROWS.
+static constexpr int64_t CHUNK_ROWS = 32;
+static_assert(CHUNK_ROWS % aaac::TILE_ROWS == 0, "chunks are whole tiles");
+
+static size_t pad64(size_t n) {
+    return (n + 63)/64*64;
+}
+
+//
+// what is ours
+//
+
+static bool is_view_op(ggml_op op) {
+    return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE || op == GGML_OP_TRANSPOSE;
+}
+
+bool ggml_cpu_aaac_uses(const ggml_tensor * op) {
+    if (is_view_op(op->op)) {
+        return false;
+    }
+    // only the first sources of any op are weights, and every op of a graph passes here
+    return ggml_is_aaac(op->type) || (op->src[0] && ggml_is_aaac(op->src[0]->type)) || (op->src[1] && ggml_is_aaac(op->src[1]->type));
+}
+
+bool ggml_cpu_aaac_supports_op(const ggml_tensor * op) {
+    const ggml_tensor * src0 = op->src[0];
+    const ggml_tensor * src1 = op->src[1];
+    if (!src0 || !ggml_is_aaac(src0->type) || src0->nb[0] != ggml_type_size(src0->type)) {
+        return false;
+    }
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+            return src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float);
+        case GGML_OP_GET_ROWS:
+            return op->type == GGML_TYPE_F32;
+        case GGML_OP_CPY:
+            return op->type == GGML_TYPE_F32 || op->type == GGML_TYPE_F16 || op->type == GGML_TYPE_BF16;
+        default:
+            return false;
+    }
+}
+
+//
+// matrix products
+//
+
+// One column of the product: where its quantized activations are and where its results go.
+struct column {
+    const char * act;
+    float      * dst;
+};
+
+// The columns of one src0 matrix, numbered from 0.
+struct mul_mat_columns {
+    const ggml_tensor * dst;
+    const char        * acts;
+    size_t              act_size;
+    int64_t             i02, i03, r2, r3; // r2, r3: how many src1 matrices share this one
+
+    int64_t count() const { return dst->src[1]->ne[1]*r2*r3; }
+
+    column operator()(int64_t j) const {
+        const ggml_tensor * src1 = dst->src[1];
+        const int64_t i11 = j % src1->ne[1];
+        const int64_t i12 = i02*r2 + j/src1->ne[1] % r2;
+        const int64_t i13 = i03*r3 + j/src1->ne[1] / r2;
+        return {
+            acts + (i11 + src1->ne[1]*(i12 + src1->ne[2]*i13))*act_size,
+            (float *) ((char *) dst->data + i11*dst->nb[1] + i12*dst->nb[2] + i13*dst->nb[3]),
+        };
+    }
+};
+
+// A row of ids that picked an expert: slot (ids->ne[0]) and token (ids->ne[1]).
+struct expert_use {
+    int32_t slot;
+    int32_t token;
+};
+
+struct mul_mat_id_columns {
+    const ggml_tensor * dst;
+    const char        * acts;
+    size_t              act_size;
+    const expert_use  * uses;
+    int64_t             n_uses;
+
+    int64_t count() const { return n_uses; }
+
+    column operator()(int64_t j) const {
+        const int64_t ne11 = dst->src[1]->ne[1];
+        return {
+            acts + (uses[j].slot % ne11 + uses[j].token*ne11)*act_size,
+            (float *) ((char *) dst->data + uses[j].slot*dst->nb[1] + uses[j].token*dst->nb[2]),
+        };
+    }
+};
+
+// rows [row0, row1) of one src0 matrix times all its columns
+template <class T, class C>
+static void mul_rows(const aaac::weights & w, const char * matrix, size_t row_stride, int64_t k, int64_t row0, int64_t row1, const C & columns, void * tile) {
+    const int64_t n_cols = columns.count();
+    if (n_cols < MIN_TILE_COLS) {
+        for (int64_t j = 0; j < n_cols; ++j) {
+            const column c = columns(j);
+            const aaac::act_view act(c.act, k);
+            for (int64_t row = row0; row < row1; ++row) {
+                c.dst[row] = aaac::dot_row<T>(w.levels, w.scales, (const typename T::block *) (matrix + row*row_stride), k, act);
+            }
+        }
+        return;
+    }
+
+    constexpr int R = aaac::TILE_ROWS;
+    constexpr int N = aaac::TILE_COLS;
+    for (int64_t row = row0; row < row1; row += R) {
+        const int n_rows = (int) std::min<int64_t>(R, row1 - row);
+        aaac::decode_tile<T>(w, matrix + row*row_stride, row_stride, n_rows, k, tile);
+        for (int64_t j0 = 0; j0 < n_cols; j0 += N) {
+            const int n = (int) std::min<int64_t>(N, n_cols - j0);
+            aaac::act_view acts[N];
+            float * out[N];
+            float   partial[N][R]; // results of a tile that reaches past the last row
+            for (int j = 0; j < n; ++j) {
+                const column c = columns(j0 + j);
+                acts[j] = aaac::act_view(c.act, k);
+                out[j]  = n_rows == R ? c.dst + row : partial[j];
+            }
+            aaac::mul_tile<T>(tile, k, acts, n, out);
+            for (int j = 0; j < n && n_rows < R; ++j) {
+                std::copy_n(partial[j], n_rows, columns(j0 + j).dst + row);
+            }
+        }
+    }
+}
+
+// the same with the type chosen at run time
+template <class C>
+static void mul_rows(ggml_type type, const aaac::weights & w, const char * matrix, size_t row_stride, int64_t k, int64_t row0, int64_t row1, const C & columns, void * tile) {
+    switch (type) {
+        case GGML_TYPE_AAAC4_G16:  mul_rows<aaac::g16 >(w, matrix, row_stride, k, row0, row1, columns, tile); break;
+        case GGML_TYPE_AAAC4_G32:  mul_rows<aaac::g32 >(w, matrix, row_stride, k, row0, row1, columns, tile); break;
+        case GGML_TYPE_AAAC4_G128: mul_rows<aaac::g128>(w, matrix, row_stride, k, row0, row1, columns, tile); break;
+        default: GGML_ABORT("%s: type %s", __func__, ggml_type_name(type));
+    }
+}
+
+// The work buffer of a product, shared by all threads.
+struct work {
+    size_t act_size;   // one quantized column of src1
+    size_t tile_size;  // one decoded tile, per thread
+    size_t acts;       // offsets
+    size_t tiles;
+    size_t experts;    // MUL_MAT_ID: int32 starts[n_experts + 1], int32 used[n_experts], then the expert_uses
+    size_t total;
+
+    work(const ggml_tensor * op, int n_threads) {
+        const ggml_tensor * src0 = op->src[0];
+        act_size  = aaac::act_size(src0->ne[0]);
+        tile_size = pad64(aaac::tile_size(src0->ne[0]));
+        acts      = 0;
+        tiles     = acts  + act_size*ggml_nrows(op->src[1]);
+        experts   = tiles + tile_size*n_threads;
+        total     = experts;
+        if (op->op == GGML_OP_MUL_MAT_ID) {
+            total += sizeof(int32_t)*(2*src0->ne[2] + 1) + sizeof(expert_use)*ggml_nelements(op->src[2]);
+        }
+        total += 64; // wdata need not be aligned
+    }
+};
+
+static char * align64(void * p) {
+    return (char *) (((uintptr_t) p + 63)/64*64);
+}
+
+// src1 to 8 bits; the threads share columns, or the blocks of each where columns are few
+static void quantize_src1(const ggml_compute_params * params, const ggml_tensor * src1, char * acts, size_t act_size) {
+    const int64_t k      = src1->ne[0];
+    const int64_t n_cols = ggml_nrows(src1);
+    const bool    split  = n_cols < params->nth;
+    const int64_t blocks = k/aaac::ACT_BLOCK;
+    const int64_t from   = split ? blocks* params->ith     /params->nth*aaac::ACT_BLOCK : 0;
+    const int64_t to     = split ? blocks*(params->ith + 1)/params->nth*aaac::ACT_BLOCK : k;
+    for (int64_t j = split ? 0 : params->ith; j < n_cols; j += split ? 1 : params->nth) {
+        const int64_t i11 = j % src1->ne[1];
+        const int64_t i12 = j/src1->ne[1] % src1->ne[2];
+        const int64_t i13 = j/src1->ne[1] / src1->ne[2];
+        const char * x = (const char *) src1->data + i11*src1->nb[1] + i12*src1->nb[2] + i13*src1->nb[3];
+        aaac::quantize_act((const float *) x, acts + j*act_size, k, from, to);
+    }
+}
+
+static void check_shapes(const ggml_tensor * dst) {
+    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst));
+    GGML_ASSERT(dst->src[0]->ne[0] == dst->src[1]->ne[0]);
+    GGML_ASSERT(dst->type == GGML_TYPE_F32 && dst->nb[0] == sizeof(float)); // not transposed
+}
+
+static void compute_mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    check_shapes(dst);
+    GGML_ASSERT(src1->ne[2] % src0->ne[2] == 0 && src1->ne[3] % src0->ne[3] == 0);
+
+    const work wk(dst, params->nth);
+    GGML_ASSERT(params->wsize >= wk.total);
+    char * wdata = align64(params->wdata);
+    void * tile  = wdata + wk.tiles + params->ith*wk.tile_size;
+
+    quantize_src1(params, src1, wdata + wk.acts, wk.act_size);
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth); // every thread starts with the chunk of its own number
+    }
+    const aaac::weights w(ggml_aaac_get_params(src0));
+    ggml_barrier(params->threadpool);
+
+    const int64_t n_rows     = src0->ne[1];
+    const int64_t n_chunks   = (n_rows + CHUNK_ROWS - 1)/CHUNK_ROWS;
+    const int64_t n_matrices = src0->ne[2]*src0->ne[3];
+    for (int64_t chunk = params->ith; chunk < n_chunks*n_matrices; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t row0 = chunk % n_chunks * CHUNK_ROWS;
+        const int64_t i02  = chunk/n_chunks % src0->ne[2];
+        const int64_t i03  = chunk/n_chunks / src0->ne[2];
+        const mul_mat_columns columns = { dst, wdata + wk.acts, wk.act_size, i02, i03, src1->ne[2]/src0->ne[2], src1->ne[3]/src0->ne[3] };
+        mul_rows(src0->type, w, (const char *) src0->data + i02*src0->nb[2] + i03*src0->nb[3], src0->nb[1], src0->ne[0],
+                 row0, std::min(row0 + CHUNK_ROWS, n_rows), columns, tile);
+    }
+}
+
+// Sorts the (slot, token) pairs of ids by expert. starts[a] .. starts[a + 1]: uses of expert a; used: the experts with any. Returns how many.
+static int32_t sort_by_expert(const ggml_tensor * ids, int64_t n_experts, int32_t * starts, int32_t * used, expert_use * uses) {
+    const auto expert = [&](int64_t slot, int64_t token) {
+        const int32_t a = *(const int32_t *) ((const char *) ids->data + slot*ids->nb[0] + token*ids->nb[1]);
+        GGML_ASSERT(a >= 0 && a < n_experts);
+        return a;
+    };
+    std::fill_n(starts, n_experts + 1, 0);
+    for (int64_t token = 0; token < ids->ne[1]; ++token) {
+        for (int64_t slot = 0; slot < ids->ne[0]; ++slot) {
+            starts[expert(slot, token) + 1]++;
+        }
+    }
+    int32_t n_used = 0;
+    for (int64_t a = 0; a < n_experts; ++a) {
+        if (starts[a + 1] > 0) {
+            used[n_used++] = (int32_t) a;
+        }
+        starts[a + 1] += starts[a];
+    }
+    for (int64_t token = 0; token < ids->ne[1]; ++token) {
+        for (int64_t slot = 0; slot < ids->ne[0]; ++slot) {
+            uses[starts[expert(slot, token)]++] = { (int32_t) slot, (int32_t) token };
+        }
+    }
+    // every start has moved to the next one's place
+    std::copy_backward(starts, starts + n_experts, starts + n_experts + 1);
+    starts[0] = 0;
+    return n_used;
+}
+
+static void compute_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const ggml_tensor * ids  = dst->src[2];
+    check_shapes(dst);
+
+    const int64_t n_experts = src0->ne[2];
+    const work wk(dst, params->nth);
+    GGML_ASSERT(params->wsize >= wk.total);
+    char * wdata = align64(params->wdata);
+    void * tile  = wdata + wk.tiles + params->ith*wk.tile_size;
+    int32_t    * starts = (int32_t *) (wdata + wk.experts);
+    int32_t    * used   = starts + n_experts + 1;
+    expert_use * uses   = (expert_use *) (used + n_experts);
+
+    quantize_src1(params, src1, wdata + wk.acts, wk.act_size);
+    if (params->ith == 0) {
+        const int32_t n_used = sort_by_expert(ids, n_experts, starts, used, uses);
+        std::fill(used + n_used, used + n_experts, -1);
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    const aaac::weights w(ggml_aaac_get_params(src0));
+    ggml_barrier(params->threadpool);
+
+    const int64_t n_rows   = src0->ne[1];
+    const int64_t n_chunks = (n_rows + CHUNK_ROWS - 1)/CHUNK_ROWS;
+    for (int64_t chunk = params->ith; chunk < n_chunks*n_experts; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t row0 = chunk % n_chunks * CHUNK_ROWS;
+        const int32_t a    = used[chunk/n_chunks];
+        if (a < 0) {
+            break; // past the last expert in use
+        }
+        const mul_mat_id_columns columns = { dst, wdata + wk.acts, wk.act_size, uses + starts[a], starts[a + 1] - starts[a] };
+        mul_rows(src0->type, w, (const char *) src0->data + a*src0->nb[2], src0->nb[1], src0->ne[0],
+                 row0, std::min(row0 + CHUNK_ROWS, n_rows), columns, tile);
+    }
+}
+
+// The same products without any of the above: float activations, scalar decode, sums in double. ggml_backend_cpu_set_use_ref asks for it.
+static void compute_mul_mat_reference(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const ggml_tensor * ids  = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
+    const aaac_params * p    = ggml_aaac_get_params(src0);
+    check_shapes(dst);
+
+    constexpr int MAX_BLOCK = QK_AAAC4_G128;
+    const int64_t block = ggml_blck_size(src0->type);
+    for (int64_t j = params->ith; j < ggml_nrows(dst); j += params->nth) {
+        const int64_t i1 = j % dst->ne[1];
+        const int64_t i2 = j/dst->ne[1] % dst->ne[2];
+        const int64_t i3 = j/dst->ne[1] / dst->ne[2];
+        const int64_t i02 = ids ? *(const int32_t *) ((const char *) ids->data + i1*ids->nb[0] + i2*ids->nb[1]) : i2/(src1->ne[2]/src0->ne[2]);
+        const int64_t i03 = ids ? 0 : i3/(src1->ne[3]/src0->ne[3]);
+        const float * x = (const float *) ((const char *) src1->data + (ids ? i1 % src1->ne[1] : i1)*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3]);
+        float       * y = (float *) ((char *) dst->data + i1*dst->nb[1] + i2*dst->nb[2] + i3*dst->nb[3]);
+        for (int64_t row = 0; row < src0->ne[1]; ++row) {
+            const char * data = (const char *) src0->data + row*src0->nb[1] + i02*src0->nb[2] + i03*src0->nb[3];
+            double sum = 0.0;
+            for (int64_t i = 0; i < src0->ne[0]; i += block) {
+                float values[MAX_BLOCK];
+                ggml_aaac_dequantize_row(src0->type, p, data + i/block*src0->nb[0], values, block);
+                for (int64_t l = 0; l < block; ++l) {
+                    sum += (double) values[l]*x[i + l];
+                }
+            }
+            y[row] = (float) sum;
+        }
+    }
+}
+
+//
+// decoding
+//
+
+static void compute_get_rows(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const aaac_params * p    = ggml_aaac_get_params(src0);
+    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst) && dst->nb[0] == sizeof(float));
+
+    for (int64_t j = params->ith; j < ggml_nelements(src1); j += params->nth) {
+        const int64_t i10 = j % src1->ne[0];
+        const int64_t i11 = j/src1->ne[0] % src1->ne[1];
+        const int64_t i12 = j/src1->ne[0] / src1->ne[1];
+        const int64_t i01 = *(const int32_t *) ((const char *) src1->data + i10*src1->nb[0] + i11*src1->nb[1] + i12*src1->nb[2]);
+        GGML_ASSERT(i01 >= 0 && i01 < src0->ne[1]);
+        ggml_aaac_dequantize_row(src0->type, p, (const char *) src0->data + i01*src0->nb[1] + i11*src0->nb[2] + i12*src0->nb[3],
+                                 (float *) ((char *) dst->data + i10*dst->nb[1] + i11*dst->nb[2] + i12*dst->nb[3]), src0->ne[0]);
+    }
+}
+
+// address of element number i of a tensor, in the order of its logical elements
+static char * element(const ggml_tensor * t, int64_t i) {
+    const int64_t i0 = i % t->ne[0];
+    i /= t->ne[0];
+    const int64_t i1 = i % t->ne[1];
+    i /= t->ne[1];
+    return (char *) t->data + i0/ggml_blck_size(t->type)*t->nb[0] + i1*t->nb[1] + i % t->ne[2]*t->nb[2] + i/t->ne[2]*t->nb[3];
+}
+
+// CPY keeps the order of the elements; shapes and strides may differ
+static void compute_cpy(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const aaac_params * p    = ggml_aaac_get_params(src0);
+    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst) && ggml_nelements(dst) == ggml_nelements(src0));
+
+    constexpr int MAX_BLOCK = QK_AAAC4_G128;
+    const int64_t block = ggml_blck_size(src0->type);
+    for (int64_t i = params->ith*block; i < ggml_nelements(src0); i += params->nth*block) {
+        float values[MAX_BLOCK];
+        ggml_aaac_dequantize_row(src0->type, p, element(src0, i), values, block);
+        for (int64_t l = 0; l < block; ++l) {
+            char * y = element(dst, i + l);
+            switch (dst->type) {
+                case GGML_TYPE_F32:  *(float       *) y = values[l]; break;
+                case GGML_TYPE_F16:  *(ggml_fp16_t *) y = ggml_fp32_to_fp16(values[l]); break;
+                case GGML_TYPE_BF16: *(ggml_bf16_t *) y = ggml_fp32_to_bf16(values[l]); break;
+                default: GGML_ABORT("%s: type %s", __func__, ggml_type_name(dst->type));
+            }
+        }
+    }
+}
+
+//
+// hooks
+//
+
+bool ggml_cpu_aaac_work_size(int n_threads, const ggml_tensor * op, size_t * size) {
+    if (!ggml_cpu_aaac_uses(op)) {
+        return false;
+    }
+    *size = op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID ? work(op, n_threads).total : 0;
+    return true;
+}
+
+bool ggml_cpu_aaac_compute_forward(ggml_compute_params * params, ggml_tensor * op) {
+    if (!ggml_cpu_aaac_uses(op)) {
+        return false;
+    }
+    if (!ggml_cpu_aaac_supports_op(op)) {
+        // ggml's own code for the op would call a conversion that does not exist
+        GGML_ABORT("operation %s (%s) is not implemented for AAAC tensors", ggml_op_name(op->op), op->name);
+    }
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:    params->use_ref ? compute_mul_mat_reference(params, op) : compute_mul_mat(params, op);    break;
+        case GGML_OP_MUL_MAT_ID: params->use_ref ? compute_mul_mat_reference(params, op) : compute_mul_mat_id(params, op); break;
+        case GGML_OP_GET_ROWS:   compute_get_rows(params, op); break;
+        case GGML_OP_CPY:        compute_cpy(params, op);      break;
+        default: GGML_ABORT("fatal error");
+    }
+    return true;
+}
