@@ -28,8 +28,15 @@ from .kquants import quantize_q6_k
 from .plan import Override, TensorPlan, make_plan
 from .quantize import Method, quantize
 
-# general.file_type where llama.cpp has a number for it; llama.cpp guesses from the tensors for the others.
-FILE_TYPES = {T.F32: LlamaFileType.ALL_F32, T.F16: LlamaFileType.MOSTLY_F16, T.BF16: LlamaFileType.MOSTLY_BF16, T.Q8_0: LlamaFileType.MOSTLY_Q8_0}
+# general.file_type, what llama.cpp prints as the model's type. For AAAC types it is the type id, in the patch's llama_ftype too.
+FILE_TYPES = {
+    T.F32: LlamaFileType.ALL_F32,
+    T.F16: LlamaFileType.MOSTLY_F16,
+    T.BF16: LlamaFileType.MOSTLY_BF16,
+    T.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    T.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    **{T[name]: qtype.type_id for name, qtype in fmt.TYPES.items()},
+}
 
 # Stands in for codecs that are not fitted yet: a header has the same size with any codec.
 BLANK_CODEC = fmt.Codec(np.tile(np.arange(-8, 8, dtype=np.int8), (2, 1)), 1.0, 2)
@@ -210,9 +217,7 @@ def encode_stock(weight: torch.Tensor, ggml_type: T) -> np.ndarray:
 def output_metadata(file: GgufFile, settings: Settings, inputs: Inputs, quantized: Sequence[str]) -> dict[str, Value]:
     """The source's metadata, with what the new file must say differently; codecs come later."""
     metadata = {key: value for key, value in field_values(file.fields).items() if not key.startswith(("split.", "aaac."))}
-    metadata.pop("general.file_type", None)
-    if settings.type in FILE_TYPES:
-        metadata["general.file_type"] = Value(int(FILE_TYPES[settings.type]), GGUFValueType.UINT32)
+    metadata["general.file_type"] = Value(int(FILE_TYPES[settings.type]), GGUFValueType.UINT32)
     metadata["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
     if quantized:
         description = {**inputs.description, "method": settings.method}

@@ -75,7 +75,7 @@ def verify(path: Path, source: Path | None, text: Path, imatrix: Path | None = N
                 )
                 return result
             expected = [
-                _log_probabilities(model, sequence, logits.first) for sequence in tqdm(tokens, desc="reference logits", disable=None, leave=False)
+                log_probabilities(model, sequence, logits.first) for sequence in tqdm(tokens, desc="reference logits", disable=None, leave=False)
             ]
         else:
             compare_tensors(result, file, full, read_imatrix(imatrix) if imatrix else Imatrix({}))
@@ -150,9 +150,11 @@ def inject(model: Any, full: GgufFile, file: GgufFile) -> list[str]:
     places: dict[int, list[tuple[torch.Tensor, int]]] = {}
     with torch.no_grad():
         for parameter in model.parameters():
-            matrices = [parameter.data.flatten(0, -2), parameter.data.T] if parameter.dim() == 2 else [parameter.data.flatten(0, -2)]
-            for matrix in matrices:
-                if parameter.dim() >= 2 and matrix.shape[1] in wanted:
+            if parameter.dim() < 2:
+                continue
+            stacked = parameter.data.flatten(0, -2)
+            for matrix in (stacked, parameter.data.T) if parameter.dim() == 2 else (stacked,):
+                if matrix.shape[1] in wanted:
                     for i, row in enumerate(matrix.numpy()):
                         places.setdefault(hash(row.tobytes()), []).append((matrix, i))
         unmatched, found = [], []
@@ -170,7 +172,8 @@ def inject(model: Any, full: GgufFile, file: GgufFile) -> list[str]:
     return unmatched
 
 
-def _log_probabilities(model: Any, sequence: torch.Tensor, first: int) -> np.ndarray:
+def log_probabilities(model: Any, sequence: torch.Tensor, first: int) -> np.ndarray:
+    """Float32 [positions, vocabulary] of a transformers `model` after tokens first .. T - 2 of `sequence` int64 [T]."""
     with torch.inference_mode():
         logits = model(input_ids=sequence[None], use_cache=False).logits[0, first:-1]
     return logits.float().log_softmax(-1).numpy()

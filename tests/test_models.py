@@ -1,0 +1,112 @@
+"""Architectures other than plain Llama, small and random: convert, patched llama.cpp and verify, the whole way."""
+
+import shutil
+
+import gguf
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType as T
+from gguf import GGUFValueType as V
+
+from aaac_gguf import calibrate, convert, demo, evaluate, gguf_io, verify
+from aaac_gguf.imatrix import write_imatrix
+
+COMMON = {"vocab_size": 4096, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+CONFIGS = {
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, **SIZES, tie_word_embeddings=True),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, **SIZES, sliding_window=64),
+    "phi3, fused qkv": lambda: transformers.Phi3Config(**COMMON, **{**SIZES, "head_dim": None}, pad_token_id=0, tie_word_embeddings=False),
+    "nemotron, biases": lambda: transformers.NemotronConfig(**COMMON, **SIZES, attention_bias=True, mlp_bias=True),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**COMMON, **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, **SIZES, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+    "hidden size 96": lambda: transformers.LlamaConfig(**COMMON, **{**SIZES, "hidden_size": 96}),
+}
+
+
+def save_random(config, folder):
+    """A checkpoint folder with random weights and the bundled model's tokenizer."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)  # transformers starts them at zero, which would hide a lost one
+    model.bfloat16().save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.MODEL / name, folder / name)
+    return folder
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_whole_way(name, patched, tmp_path):
+    source = save_random(CONFIGS[name](), tmp_path / "model")
+    out = tmp_path / "out.gguf"
+    settings = convert.Settings(calibration=convert.Calibration(str(demo.SAMPLE_TEXT), n_sequences=4, sequence_length=256))
+    report = convert.convert(source, out, settings)
+    file = gguf_io.read(out)
+    quantized = {n for n, t in file.tensors.items() if n.startswith("blk.") and len(t.shape) > 1 and "ffn_gate_inp" not in n}
+    if name == "hidden size 96":
+        assert {n for n in quantized if file.tensors[n].tensor_type == T.Q8_0} == {
+            n for n in quantized if "ffn_down" not in n and "attn_output" not in n
+        }
+    else:
+        assert set(file.codecs) == quantized
+    assert [n for n in report.not_covered if "expert" not in n] == []
+    result = verify.verify(out, source, demo.SAMPLE_TEXT)
+    print(f"{name}: mean KL divergence {result.mean_kld:.6f}, same top token {result.same_top:.4f} on {result.n_tokens} tokens")
+    assert result.failures == []
+    assert all(t.weighted is not None for t in result.tensors if t.name in file.codecs)
+
+
+def gpt2_gguf(model, tokenizer_from: gguf_io.GgufFile, path):
+    """The model as llama.cpp's converter writes it, with a tokenizer that it would not take for a GPT-2's: matrices turned round, names mapped."""
+    config = model.config
+    numbers = {"context_length": 512, "embedding_length": config.n_embd, "feed_forward_length": 4 * config.n_embd, "block_count": config.n_layer}
+    kv = {key: value for key, value in gguf_io.field_values(tokenizer_from.fields).items() if key.startswith("tokenizer.")}
+    kv["general.architecture"] = gguf_io.Value("gpt2", V.STRING)
+    kv |= {f"gpt2.{key}": gguf_io.Value(n, V.UINT32) for key, n in {**numbers, "attention.head_count": config.n_head}.items()}
+    kv["gpt2.attention.layer_norm_epsilon"] = gguf_io.Value(config.layer_norm_epsilon, V.FLOAT32)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        turned = ".c_" in name and parameter.dim() == 2
+        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = (parameter.T if turned else parameter).detach().contiguous().numpy()
+    infos = [gguf_io.TensorInfo(name, t.shape, T.F32) for name, t in tensors.items()]
+    with gguf_io.atomic(path) as f:
+        f.write(gguf_io.render_header(kv, infos))
+        for t in tensors.values():
+            f.write(t.tobytes() + bytes(-t.nbytes % 32))
+    return path
+
+
+@pytest.mark.llama
+def test_gpt2(patched, demo_full, tmp_path):
+    """Biases, learned positions, and matrices that transformers keeps transposed. From a GGUF: the converter wants GPT-2's own vocabulary."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=4096, bos_token_id=1, eos_token_id=2, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    source, out, logits = gpt2_gguf(model, demo_full, tmp_path / "source.gguf"), tmp_path / "out.gguf", tmp_path / "logits"
+    full = gguf_io.read(source)
+    tokens, _ = calibrate.text_tokens(demo.MODEL, demo.SAMPLE_TEXT, 4, 256)
+    imatrix = calibrate.importance(model, tokens, "gpt2", full.tensors, "sample")
+    write_imatrix(tmp_path / "imatrix.gguf", imatrix)
+    report = convert.convert(source, out, convert.Settings(calibration=convert.Calibration(imatrix=tmp_path / "imatrix.gguf")))
+    assert len(report.tensors) == 8
+    assert report.not_covered == []
+    assert verify.verify(out, source, demo.SAMPLE_TEXT).failures == []
+
+    file, result = gguf_io.read(out), verify.Verification(reference="transformers")
+    assert verify.inject(model, full, file) == []
+    evaluate.save_logits(out, demo.SAMPLE_TEXT, logits, verify.N_CTX)
+    held = evaluate.read_logits(logits)
+    expected = [verify.log_probabilities(model, sequence, held.first) for sequence in torch.from_numpy(verify.with_bos(held.tokens, file)).long()]
+    verify.compare_logits(result, expected, held)
+    print(f"gpt2: mean KL divergence {result.mean_kld:.6f}, same top token {result.same_top:.4f}")
+    assert result.failures == []
