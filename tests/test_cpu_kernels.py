@@ -24,7 +24,11 @@ TARGETS = {
     "generic": ((), (), ("-DAAAC_GENERIC",)),
     "avx2": (X86, ("avx2", "fma"), ("-mavx2", "-mfma")),
     "avx-vnni": (X86, ("avx2", "fma", "avx_vnni"), ("-mavx2", "-mfma", "-mavxvnni")),
-    "avx512-vnni": (X86, ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"), ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma")),
+    "avx512-vnni": (
+        X86,
+        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"),
+    ),
     "neon-dotprod": (("aarch64", "arm64"), (), ("-march=armv8.2-a+dotprod",)),
 }
 
@@ -67,10 +71,13 @@ def kernels(request, tmp_path_factory):
 
     def run(qtype, blocks, codec, x):
         (n_rows, _), (n_cols, k) = blocks.shape, x.shape
-        request_bytes = struct.pack("<4i32sfB", qtype.type_id, k, n_rows, n_cols, codec.codebooks.tobytes(), codec.scale_base, codec.scale_mantissa_bits)
-        result = subprocess.run([*runner, program], input=request_bytes + blocks.tobytes() + x.tobytes(), capture_output=True, check=True).stdout
+        head = struct.pack("<4i", qtype.type_id, k, n_rows, n_cols)
+        params = struct.pack("<32sfB", codec.codebooks.tobytes(), codec.scale_base, codec.scale_mantissa_bits)
+        request_bytes = head + params + blocks.tobytes() + x.tobytes()
+        result = subprocess.run([*runner, program], input=request_bytes, capture_output=True, check=True).stdout
         sizes = np.cumsum([4, n_cols * k, n_cols * k // 8, 4 * n_cols * n_rows])
-        _, q, d, by_row, by_tile = (np.frombuffer(part, dtype) for part, dtype in zip(np.split(np.frombuffer(result, np.uint8), sizes), "ibfff", strict=True))
+        parts = np.split(np.frombuffer(result, np.uint8), sizes)
+        _, q, d, by_row, by_tile = (np.frombuffer(part, dtype) for part, dtype in zip(parts, "ibfff", strict=True))
         quantized = q.reshape(n_cols, -1, 32).astype(np.float64) * d.reshape(n_cols, -1, 1).astype(np.float64)
         return quantized.reshape(n_cols, k), by_row.reshape(n_cols, n_rows), by_tile.reshape(n_cols, n_rows)
 

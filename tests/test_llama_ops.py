@@ -152,7 +152,8 @@ def test_mul_mat_id(run_op, qtype, n_tokens, shared):
     rng = np.random.default_rng(7)
     ids = np.stack([rng.choice(n_experts - 1, n_used, replace=False) for _ in range(n_tokens)]).astype(np.int32)  # the last one stays idle
     x = activations(n_tokens, 1 if shared else n_used, k)
-    got = np.frombuffer(run_op(MUL_MAT_ID, qtype, blocks.reshape(n_experts, n_rows, -1), codec(4), x, ids), np.float32).reshape(n_tokens, n_used, n_rows)
+    result = run_op(MUL_MAT_ID, qtype, blocks.reshape(n_experts, n_rows, -1), codec(4), x, ids)
+    got = np.frombuffer(result, np.float32).reshape(n_tokens, n_used, n_rows)
     weights = decode(qtype, blocks, codec(4)).reshape(n_experts, n_rows, k)
     for token in range(n_tokens):
         for slot in range(n_used):
