@@ -27,7 +27,7 @@ class Score:
     same_top: float
 
 
-_NUMBER = r"\s*:?\s*(-?[\d.]+(?:e[-+]?\d+)?)(?:\s*±\s*([\d.]+(?:e[-+]?\d+)?))?"
+_NUMBER = r"\s*:\s*(-?[\d.]+(?:e[-+]?\d+)?)(?:\s*±\s*([\d.]+(?:e[-+]?\d+)?))?"
 _SUMMARY = {
     "perplexity": rf"Mean PPL\(Q\)\s*{_NUMBER}",
     "mean_kld": rf"Mean\s+KLD{_NUMBER}",
@@ -54,7 +54,11 @@ def score(model: Path, text: Path, base: Path, n_ctx: int, n_chunks: int = -1) -
     """Compare `model` with the logits that `save_logits` wrote of the full model on the same text."""
     args: list[str | Path] = ["-m", model, "-f", text, "-c", str(n_ctx), "--chunks", str(n_chunks), "--kl-divergence-base", base, "--kl-divergence"]
     log = base.with_name(f"{model.name}.log")
-    output = llama.run_logged_tool("llama-perplexity", args, log)
+    return parse_summary(llama.run_logged_tool("llama-perplexity", args, log), log)
+
+
+def parse_summary(output: str, log: Path | str) -> Score:
+    """The figures that `llama-perplexity --kl-divergence` prints last. Raises AaacError that names `log` where one is missing."""
     values: dict[str, float] = {}
     for name, pattern in _SUMMARY.items():
         found = re.search(pattern, output)
