@@ -48,7 +48,7 @@ AAAC_DEV void aaac_dequant_unit(const aaac_params & p, const aaac_tables & table
 
 // y[row*ld_y + i]; n_units over all rows; grid ceil(n_units / 128)
 template <class T, class O>
-__global__ void __launch_bounds__(AAAC_DEQUANT_THREADS) aaac_dequant(AAAC_PARAMS p, const uint8_t * w, int64_t row_bytes, int k, int64_t n_units, O * y, int64_t ld_y) {
+__global__ void __launch_bounds__(AAAC_DEQUANT_THREADS) aaac_dequant(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int k, int64_t n_units, O * y, int64_t ld_y) {
     __shared__ aaac_tables tables;
     aaac_make_tables(p, threadIdx.x, &tables);
     __syncthreads();

@@ -25,11 +25,11 @@ typedef uintptr_t aaac_address;
 #define AAAC_DEV static inline
 #endif
 
-// A kernel's parameters by value. As a grid constant they can be indexed where they are; otherwise each thread would copy them to its stack
-#if defined(__CUDACC__)
-#define AAAC_PARAMS const __grid_constant__ aaac_params
+// For a kernel's parameters by value: a grid constant is indexed where it is, otherwise each thread copies it to its stack. Needs Volta
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+#define AAAC_GRID_CONSTANT __grid_constant__
 #else
-#define AAAC_PARAMS const aaac_params
+#define AAAC_GRID_CONSTANT
 #endif
 
 constexpr int AAAC_UNIT = 32; // weights per unit

@@ -64,7 +64,7 @@ struct aaac_experts {
 
 // grid (ceil(n_rows / 128), ceil(n_cols / 128), experts or 1); n_cols: the most that an expert may have
 template <class T, class A>
-__global__ void __launch_bounds__(AAAC_MATMUL_THREADS) aaac_matmul(AAAC_PARAMS p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
+__global__ void __launch_bounds__(AAAC_MATMUL_THREADS) aaac_matmul(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
                                                                    const A * x, int64_t ld_x, int n_cols, float * y, int64_t ld_y, aaac_experts experts) {
     using M = typename aaac_product<A>::type;
     struct alignas(16) pack_m { M x[8]; };

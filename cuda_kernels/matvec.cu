@@ -4,8 +4,8 @@
 
 #if !defined(__CUDACC_RTC__)
 #define INSTANTIATE(T, N)                                                                                                                       \
-    template __global__ void aaac_matvec_q8<T, N>(AAAC_PARAMS, const uint8_t *, int64_t, int, int, const uint8_t *, int, float *, int64_t);     \
-    template __global__ void aaac_matvec<T, aaac_f16, N>(AAAC_PARAMS, const uint8_t *, int64_t, int, int, const aaac_f16 *, int64_t, int, float *, int64_t);
+    template __global__ void aaac_matvec_q8<T, N>(const AAAC_GRID_CONSTANT aaac_params, const uint8_t *, int64_t, int, int, const uint8_t *, int, float *, int64_t);     \
+    template __global__ void aaac_matvec<T, aaac_f16, N>(const AAAC_GRID_CONSTANT aaac_params, const uint8_t *, int64_t, int, int, const aaac_f16 *, int64_t, int, float *, int64_t);
 #define INSTANTIATE_COLUMNS(T) INSTANTIATE(T, 1) INSTANTIATE(T, 2) INSTANTIATE(T, 4) INSTANTIATE(T, 8)
 INSTANTIATE_COLUMNS(aaac_g16)
 INSTANTIATE_COLUMNS(aaac_g32)
