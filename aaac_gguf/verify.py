@@ -23,7 +23,7 @@ from .imatrix import Imatrix, read_imatrix
 # Patched llama.cpp rounds activations to 8 bits, the reference does not. Stock Q8_0 differs from F32 by 0.0009 for the same reason on a small
 # model; a wrong codebook, selector or scale shows up a hundred times larger.
 MAX_KLD = 0.005
-MIN_SAME_TOP = 0.95
+MIN_SAME_TOP = 0.9
 
 N_CTX = 256
 

@@ -17,10 +17,13 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4,
 
 CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**COMMON, **SIZES, tie_word_embeddings=True),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, **SIZES, sliding_window=64),
-    "phi3, fused qkv": lambda: transformers.Phi3Config(**COMMON, **{**SIZES, "head_dim": None}, pad_token_id=0, tie_word_embeddings=False),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **COMMON, **SIZES, sliding_window=64, query_pre_attn_scalar=32
+    ),  # the head size, as llama.cpp takes it
+    "phi3, fused qkv": lambda: transformers.Phi3Config(
+        **COMMON, **{key: n for key, n in SIZES.items() if key != "head_dim"}, pad_token_id=0, tie_word_embeddings=False
+    ),
     "nemotron, biases": lambda: transformers.NemotronConfig(**COMMON, **SIZES, attention_bias=True, mlp_bias=True),
-    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**COMMON, **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
     "mixtral": lambda: transformers.MixtralConfig(**COMMON, **SIZES, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
     "hidden size 96": lambda: transformers.LlamaConfig(**COMMON, **{**SIZES, "hidden_size": 96}),
 }
