@@ -6,7 +6,6 @@ import argparse
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 from . import __version__
@@ -15,8 +14,6 @@ from .errors import AaacError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Status 0 for success, 1 for a verification that failed, 2 for bad input."""
-    # gguf maps files read-only and torch warns once that it could not write to them.
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0

@@ -141,7 +141,7 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
     if not path.is_file():
         raise AaacError(f"{path}: no such file; give the path of a GGUF file")
     try:
-        reader = _Reader(path)
+        reader = _Reader(path, "c")  # copy-on-write: torch warns of arrays that it could not write to
         tensors = {t.name: t for t in reader.tensors}
         codecs = _read_codecs(reader)
     except AaacError as e:
