@@ -31,7 +31,7 @@ class Quantized:
     data             uint8 [..., row bytes], the outer dimensions of the weight
     codec            its codebooks, scale base and mantissa bits
     relative_error   sum (w - q)^2 / sum w^2
-    weighted_error   the same under the importance, or tr((W - Q) H (W - Q)^T) / tr(W H W^T) with a Hessian
+    weighted_error   the same under the importance, or tr(O (W - Q) H (W - Q)^T) / tr(O W H W^T) with a Hessian; O is 1 where no outputs are given
     damping          what the Hessian's diagonal took, relative to its mean, at most over the experts; 0 without a Hessian
     """
 
@@ -80,6 +80,7 @@ def quantize(
     qtype: AaacType,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
+    outputs: Tensor | None = None,
     *,
     method: Method = "aaac",
     seed: int = 0,
@@ -88,11 +89,15 @@ def quantize(
 
     importance: mean of x^2 per input channel, [K] or [E, K]; an expert whose importance is zero throughout was never routed to and counts as 1.
     hessian: mean of x x^T, [K, K] or [E, K, K], taken instead of an importance: the weights are encoded with error feedback.
+    outputs: [N, N], mean of g g^T of the gradient at the outputs, up to a factor, for feedback between rows as well; goes with a Hessian and a single
+    matrix (ValueError).
     method: "aaac", or "paper" for Algorithm 1 of the paper with absmax scales, which takes no Hessian (ValueError).
     Weights must be finite. The same seed gives the same bytes. Raises AaacError for rows that are not whole blocks.
     """
     if method == "paper" and hessian is not None:
         raise ValueError("the paper's method has no error feedback")
+    if outputs is not None and (hessian is None or weight.dim() != 2):
+        raise ValueError("outputs go with a Hessian and a single matrix")
     n_bytes = qtype.row_bytes(weight.shape[-1])
     experts = weight.reshape(-1, *weight.shape[-2:])
     n_experts, n_rows, n_per_row = experts.shape
@@ -117,19 +122,19 @@ def quantize(
     damping = 0.0
     for expert in range(n_experts):
         if hessian is not None:
-            u, taken = factor(hessian[expert])
-            damping = max(damping, taken)
+            inputs = factor(hessian[expert])
+            damping = max(damping, inputs.damping)
         for rows in row_chunks(experts[expert]) if hessian is None else [slice(0, n_rows)]:
             w, error_weight = source.rows(expert, rows)
             if hessian is not None:
-                encoded = feedback(w, u, grid, qtype)
+                encoded = feedback(w, inputs, grid, qtype, outputs)
             elif method == "paper":
                 encoded = encode_absmax(w, error_weight, grid, qtype.group_size)
             else:
                 encoded = encode(w, error_weight, grid, qtype.group_size)
             data[expert, rows] = _pack(qtype, encoded)
             for row, values in enumerate((w - decode(encoded, grid), w)):
-                weighted = _weighted_square(values, importance[expert]) if hessian is None else output_error(values, hessian[expert])
+                weighted = _weighted_square(values, importance[expert]) if hessian is None else output_error(values, hessian[expert], outputs)
                 sums[row] += _weighted_square(values, torch.ones_like(importance[expert])), weighted
     relative, weighted = np.divide(sums[0], sums[1], out=np.zeros(2), where=sums[1] > 0)
     return Quantized(data.reshape(*weight.shape[:-1], n_bytes), codec, float(relative), float(weighted), damping)

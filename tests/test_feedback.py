@@ -7,6 +7,7 @@ import torch
 from aaac_gguf.encode import Grid, encode
 from aaac_gguf.encode import decode as decode_encoded
 from aaac_gguf.feedback import factor, feedback
+from aaac_gguf.feedback import output_error as module_output_error
 from aaac_gguf.format import G16, TYPES, decode
 from aaac_gguf.quantize import quantize
 
@@ -46,20 +47,27 @@ def test_feedback_lowers_the_output_error(qtype):
 
 def test_factor_inverts_the_damped_hessian():
     h = hessian()
-    u, damping = factor(h, 0.01)
-    assert damping == 0.01
+    factored = factor(h, 0.01)
+    u = factored.u
+    assert factored.damping == 0.01
     assert torch.equal(u, u.triu())
     damped = h.double() / h.diagonal().mean() + 0.01 * torch.eye(K)
+    assert torch.allclose(factored.hessian.double(), damped)
     assert torch.allclose(u.double().T @ u.double() @ damped, torch.eye(K, dtype=torch.float64), atol=1e-4)
 
 
-def test_without_correlation_nothing_is_fed_back():
+@ALL_TYPES
+def test_without_correlation_nothing_is_fed_back(qtype):
+    """Then every weight has the level nearest to it, and groups do not see each other."""
     w = weights()
-    plain = quantize(w, G16, importance=torch.ones(K), seed=1)
-    grid = Grid.of_codec(plain.codec, G16, "cpu")
-    fed = decode_encoded(feedback(w, factor(torch.eye(K))[0], grid, G16), grid)
-    direct = decode_encoded(encode(w, torch.ones(K), grid, G16.group_size), grid)
-    assert torch.equal(fed, direct)
+    grid = Grid.of_codec(quantize(w, qtype).codec, qtype, "cpu")
+    fed = feedback(w, factor(torch.eye(K)), grid, qtype)
+    scales = grid.scales[fed.scale_codes.long()].repeat_interleave(qtype.group_size, 1)
+    books = grid.levels[fed.selectors.long().repeat_interleave(16, 1)]
+    assert torch.equal(fed.indices.long(), (w[..., None] - scales[..., None] * books).abs().argmin(2))
+    direct = encode(w, torch.ones(K), grid, qtype.group_size)
+    errors = [(w - decode_encoded(e, grid)).square().sum() for e in (fed, direct)]
+    assert errors[0] < 1.002 * errors[1]
 
 
 def literal_feedback(w, h, encoded, grid):
@@ -82,9 +90,9 @@ def test_feedback_is_the_conditional_optimum_column_by_column():
     w, h = weights()[:24, :128], hessian()[:128, :128]
     codec = quantize(w, G16).codec
     grid = Grid.of_codec(codec, G16, "cpu")
-    u, damping = factor(h)
-    encoded = feedback(w, u, grid, G16)
-    damped = h.double() + damping * h.diagonal().double().mean() * torch.eye(128)
+    factored = factor(h)
+    encoded = feedback(w, factored, grid, G16, sweeps=0)
+    damped = h.double() + factored.damping * h.diagonal().double().mean() * torch.eye(128)
     expected = literal_feedback(w, damped, encoded, grid)
     assert (decode_encoded(encoded, grid) - expected).abs().gt(1e-6).double().mean() < 0.02  # float32 may round a near-tie the other way
 
@@ -94,7 +102,7 @@ def test_dead_channels_are_rounded_for_themselves(qtype):
     h = hessian()
     h[32:64] = 0
     h[:, 32:64] = 0
-    u, _ = factor(h, 0.01)
+    u = factor(h, 0.01).u
     assert torch.allclose(u.diagonal()[32:64], torch.tensor(1.01**-0.5))
     assert (u[32:64, 64:] == 0).all()
     assert (u[:32, 32:64] == 0).all()
@@ -121,9 +129,9 @@ def test_fewer_tokens_than_channels(qtype, n_tokens):
 
 def test_a_hessian_that_is_not_definite_takes_more_damping_and_says_so():
     h = torch.ones(K, K) - 0.05 * torch.eye(K)  # smallest eigenvalue -0.05, diagonal 0.95
-    u, damping = factor(h)
-    assert damping == pytest.approx(0.1)
-    assert torch.isfinite(u).all()
+    factored = factor(h, 0.01)
+    assert factored.damping == pytest.approx(0.1)
+    assert torch.isfinite(factored.u).all()
 
 
 def test_the_hessians_magnitude_does_not_matter():
@@ -145,6 +153,49 @@ def test_experts_each_have_their_hessian():
     for e in (0, 2):
         fed, diagonal = (output_error(w[e], decode(G16, x.data[e], x.codec), h[e]) for x in (q, plain))
         assert fed < 0.8 * diagonal
+
+
+@ALL_TYPES
+def test_sweeps_lower_the_output_error(qtype):
+    w, h = weights(), hessian()
+    factored = factor(h)
+    grid = Grid.of_codec(quantize(w, qtype, h.diagonal()).codec, qtype, "cpu")
+    errors = [float(module_output_error(w - decode_encoded(feedback(w, factored, grid, qtype, sweeps=n), grid), factored.hessian)) for n in range(4)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.97 * errors[0]
+    assert errors[3] > 0.97 * errors[2]  # two are enough
+
+
+def output_moment() -> torch.Tensor:
+    rng = np.random.default_rng(5)
+    g = rng.standard_normal((1000, N)) @ (np.eye(N) + 0.3 * rng.standard_normal((N, N)))
+    return torch.from_numpy(g.T @ g).float()
+
+
+@ALL_TYPES
+def test_rows_are_fed_back_where_outputs_are_coupled(qtype):
+    w, h, o = weights(), hessian(), output_moment()
+    columns, both = quantize(w, qtype, hessian=h), quantize(w, qtype, hessian=h, outputs=o)
+    errors = []
+    for q in (columns, both):
+        d = w.double() - torch.from_numpy(decode(qtype, q.data, q.codec)).double()
+        errors.append(float(((o.double() @ d @ h.double()) * d).sum()))
+    assert errors[1] < 0.8 * errors[0]
+    whole = ((o.double() @ w.double() @ h.double()) * w.double()).sum()
+    assert both.weighted_error == pytest.approx(errors[1] / float(whole), rel=1e-3)
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 96])
+def test_rows_of_uncoupled_outputs_stay_as_they_are(n_rows):
+    w, h = weights()[:n_rows], hessian()
+    o = torch.diag(torch.rand(n_rows) + 0.1)
+    assert quantize(w, G16, hessian=h, outputs=o).data.tobytes() == quantize(w, G16, hessian=h).data.tobytes()
+
+
+def test_outputs_go_with_a_hessian_and_one_matrix():
+    for kwargs in ({"weight": weights()}, {"weight": weights()[None], "hessian": hessian()}):
+        with pytest.raises(ValueError, match="single matrix"):
+            quantize(qtype=G16, outputs=torch.eye(N), **kwargs)
 
 
 def test_the_paper_has_no_feedback():

@@ -1,0 +1,166 @@
+"""Second moments for error feedback: of every linear layer's inputs, and of the loss's gradient with respect to its outputs.
+
+To second order the KL divergence that a change D of one layer's weights causes is `E[(g^T D x)^2] / 2`, x the layer's inputs and g the gradient, with
+respect to its outputs, of the log-likelihood of a token that the model itself drew. Taken as independent, as in K-FAC (Martens and Grosse, 2015) and
+YAQA (Tseng et al., 2025), that is `tr(O D H D^T) / 2` with `H = E[x x^T]` and `O = E[g g^T]`: H tells which inputs matter, O which outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .calibrate import Products
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration saw of one parameter, on the model's device.
+
+    inputs   float32 [K, K], or [E, K, K] for E experts: mean of x x^T over the tokens that reached it; zero for an expert that none reached
+    outputs  float32 [N, N]: mean of g g^T, up to a factor; None for experts
+    """
+
+    inputs: Tensor
+    outputs: Tensor | None
+
+
+class _Watch(Products):
+    """Sums moments of the parameters `wanted` while a model runs forward, and backward where gradients are on."""
+
+    def __init__(self, model: torch.nn.Module, wanted: Collection[str]):
+        super().__init__(model, self._observe)
+        self.wanted = set(wanted)
+        self.dims = {name: p.dim() for name, p in self.parameters}
+        self.inputs: dict[tuple[str, int], Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.counts: dict[tuple[str, int], int] = {}
+        self.same_inputs: dict[str, str] = {}  # parameter -> the one before it that multiplies the same inputs, as K and V do after Q
+        self.last: tuple[str, Tensor] | None = None
+        self.product: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.product = None
+        out = super().__torch_function__(func, types, args, kwargs)
+        if self.product and out.requires_grad:
+            name = self.product
+            out.register_hook(lambda g: self._add(self.outputs, name, g.detach().reshape(-1, g.shape[-1])))
+        return out
+
+    def _observe(self, name: str, expert: int, inputs: Tensor) -> None:
+        if name not in self.wanted:
+            return
+        if self.dims[name] == 2:
+            self.product = name
+            # `last` keeps its tensor alive, so that an equal address is the same tensor.
+            if self.last and self.last[1].data_ptr() == inputs.data_ptr() and self.last[1].shape == inputs.shape:
+                self.same_inputs[name] = self.last[0]
+                return
+            self.last = (name, inputs)
+        self._add(self.inputs, (name, expert), inputs)
+        self.counts[name, expert] = self.counts.get((name, expert), 0) + len(inputs)
+
+    @staticmethod
+    def _add(sums: dict[Any, Tensor], key: Any, rows: Tensor) -> None:
+        # Float32 holds: one rounding per sequence and product, 1e-5 of a sum at the very most, against a damping of 1e-2.
+        rows = rows.float()
+        if key in sums:
+            sums[key].addmm_(rows.T, rows)
+        else:
+            sums[key] = rows.T @ rows
+
+    def moments(self, name: str, n_experts: int) -> Moments | None:
+        """The means for a parameter; None where no product was seen."""
+        leader = self.same_inputs.get(name, name)
+        seen = [(leader, expert) for expert in range(n_experts) if (leader, expert) in self.inputs]
+        if not seen:
+            return None
+        means = {expert: self.inputs[key, expert] / self.counts[key, expert] for key, expert in seen}
+        if n_experts == 1:
+            return Moments(means[0], self.outputs.get(name))
+        zero = torch.zeros_like(means[seen[0][1]])
+        return Moments(torch.stack([means.get(expert, zero) for expert in range(n_experts)]), None)
+
+
+def collect(model: Any, tokens: Tensor, parameters: Collection[str], seed: int = 0) -> dict[str, Moments]:
+    """Moments of the named parameters of a causal language model over `tokens` int64 [n, T]; the same for the same seed on a CPU.
+
+    Runs one sequence forward and backward at a time; only activations are differentiated, so the model's parameters take no gradients. In memory are
+    one sequence's activations and the sums (`passes` bounds these).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    embeddings = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True))
+    watch = _Watch(model, parameters)
+    try:
+        for sequence in tqdm(tokens, desc="measuring sensitivities", unit="sequence", disable=None, leave=False):
+            with torch.enable_grad(), watch:
+                logits = model(input_ids=sequence[None].to(model.device), use_cache=False).logits[0].float()
+            watch.last = None
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+            with torch.enable_grad():
+                torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    finally:
+        embeddings.remove()
+        for p in trained:
+            p.requires_grad_(True)
+    sizes = {name: len(p) if p.dim() == 3 else 1 for name, p in model.named_parameters()}
+    found = {name: watch.moments(name, sizes[name]) for name in parameters}
+    return {name: moments for name, moments in found.items() if moments}
+
+
+def passes(model: Any, parameters: Sequence[str], budget: int) -> list[list[str]]:
+    """`parameters` in runs whose moments take at most `budget` bytes, one parameter at least: what to give `collect` at a time."""
+    by_name = dict(model.named_parameters())
+    runs: list[list[str]] = [[]]
+    used = 0
+    for name in parameters:
+        *experts, n, k = by_name[name].shape
+        size = 4 * (experts[0] * max(n, k) ** 2 if experts else n * n + k * k)
+        if runs[-1] and used + size > budget:
+            runs.append([])
+            used = 0
+        runs[-1].append(name)
+        used += size
+    return runs
+
+
+def in_rows_of(moments: Moments, parameter: Tensor, weight: Tensor) -> Moments:
+    """The moments with outputs in the order of `weight` [N', K], the GGUF tensor made of `parameter`'s rows [N, K] (or of its columns).
+
+    llama.cpp's converter permutes Q and K for its rotary embedding and cuts fused projections apart. Rows are found by their values; where one is not
+    found, the weights were changed on the way, and the outputs are left out.
+    """
+    if moments.outputs is None or weight.dim() != 2 or parameter.dim() != 2:
+        return Moments(moments.inputs, None)
+    wanted = weight.float().cpu()
+    values = parameter.detach().float().cpu()
+    for rows in (values, values.T):  # GPT-2 holds its matrices transposed
+        order = _places(rows, wanted) if rows.shape[1] == wanted.shape[1] and len(rows) == len(moments.outputs) else None
+        if order is not None:
+            index = order.to(moments.outputs.device)
+            return Moments(moments.inputs, moments.outputs[index][:, index])
+    return Moments(moments.inputs, None)
+
+
+def _places(rows: Tensor, wanted: Tensor) -> Tensor | None:
+    """Where in `rows` each row of `wanted` is, int64; None when one is nowhere. Equal rows are taken in turn."""
+    if torch.equal(rows, wanted):
+        return torch.arange(len(rows))
+    places: dict[bytes, list[int]] = {}
+    for place, row in enumerate(rows.contiguous().numpy()):
+        places.setdefault(row.tobytes(), []).append(place)
+    order = []
+    for row in wanted.numpy():
+        found = places.get(row.tobytes())
+        if not found:
+            return None
+        order.append(found.pop(0) if len(found) > 1 else found[0])
+    return torch.tensor(order)
