@@ -12,6 +12,7 @@
 
 #if defined(__CUDACC_RTC__)
 typedef unsigned short     uint16_t;
+typedef int                int32_t;
 typedef long long          int64_t;
 typedef unsigned long long uint64_t;
 typedef unsigned long long aaac_address;

@@ -18,6 +18,10 @@ constexpr int AAAC_MATVEC_THREADS = 32*AAAC_MATVEC_WARPS;
 // rows of a block: few columns leave registers for more rows
 constexpr AAAC_FN int aaac_matvec_rows(int n_cols) { return n_cols <= 2 ? 4 : 2; }
 
+// blocks that must fit a multiprocessor, which tells the compiler how many registers it may use: 96 for one column, else 128.
+// Left to itself it aims for less on some architectures, and spills.
+constexpr AAAC_FN int aaac_matvec_blocks(int n_cols) { return n_cols == 1 ? 5 : 4; }
+
 //
 // activations as 8-bit integers
 //
@@ -206,7 +210,7 @@ AAAC_DEV void aaac_dot_rows(const aaac_params & p, aaac_tables * tables, const u
 
 // q8: columns as aaac_quantize_q8 writes them; grid ceil(n_rows / rows of a block). y[c*ld_y + n]
 template <class T, int N>
-__global__ void __launch_bounds__(AAAC_MATVEC_THREADS) aaac_matvec_q8(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
+__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(N)) aaac_matvec_q8(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
                                                                       const uint8_t * q8, int n_cols, float * y, int64_t ld_y) {
     constexpr int R = aaac_matvec_rows(N);
     __shared__ aaac_tables tables;
@@ -229,7 +233,7 @@ __global__ void __launch_bounds__(AAAC_MATVEC_THREADS) aaac_matvec_q8(const AAAC
 
 // x[c*ld_x + i] is read 4 elements at a time: x and its columns must start at multiples of 4 elements
 template <class T, class A, int N>
-__global__ void __launch_bounds__(AAAC_MATVEC_THREADS) aaac_matvec(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
+__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, 4) aaac_matvec(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
                                                                    const A * x, int64_t ld_x, int n_cols, float * y, int64_t ld_y) {
     constexpr int R = 2;
     struct alignas(4*sizeof(A)) four { A x[4]; };

@@ -26,7 +26,7 @@ ROUNDING = {F16: 2.0**-11, BF16: 2.0**-8, F32: 2.0**-24, Q8: 2.0**-24}
 
 
 class Params(ctypes.Structure):
-    _fields_ = [("codebooks", ctypes.c_int8 * 32), ("d", ctypes.c_float), ("m", ctypes.c_uint8)]  # noqa: RUF012
+    _fields_ = [("codebooks", ctypes.c_int8 * 32), ("d", ctypes.c_float), ("m", ctypes.c_uint8)]
 
     def __init__(self, codec: Codec):
         super().__init__((ctypes.c_int8 * 32)(*codec.codebooks.reshape(-1).tolist()), codec.scale_base, codec.scale_mantissa_bits)

@@ -131,7 +131,7 @@ static __device__ __forceinline__ float aaac_glu(int op, float gate, float up, f
 }
 
 template <class T, int N, bool FUSED>
-static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS) k_aaac_mul_mat_vec(
+static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(FUSED ? 2 : N)) k_aaac_mul_mat_vec(
         const AAAC_GRID_CONSTANT aaac_params p, const AAAC_GRID_CONSTANT aaac_mul_mat_args a, const AAAC_GRID_CONSTANT aaac_fusion f) {
     constexpr int R = aaac_matvec_rows(N);
     constexpr int V = R*N;
