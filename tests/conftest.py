@@ -27,14 +27,6 @@ def random_codec(rng: np.random.Generator, m: int = 3) -> fmt.Codec:
     return fmt.Codec(books.astype(np.int8), float(np.float32(rng.uniform(1e-4, 1e-2))), m)
 
 
-def random_blocks(rng: np.random.Generator, qtype: fmt.AaacType, *shape: int) -> np.ndarray:
-    """Valid blocks for weights of `shape`, every bit random."""
-    *outer, n_per_row = shape
-    codes = rng.integers(0, qtype.n_scale_codes, (*outer, n_per_row // qtype.group_size), dtype=np.uint8)
-    selectors = rng.integers(0, 2, (*outer, n_per_row // fmt.SELECTOR_SIZE), dtype=np.uint8)
-    return fmt.pack(qtype, rng.integers(0, 16, shape, dtype=np.uint8), selectors, codes)
-
-
 def write_source(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     """A full-precision GGUF of no real model: enough for everything that does not run it."""
     writer = gguf.GGUFWriter(path, "llama")
