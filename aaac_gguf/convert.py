@@ -102,6 +102,8 @@ def convert(source: Path, out: Path, settings: Settings) -> Report:
     """Quantize `source` into `out`. Raises AaacError for bad input, before anything slow where that is possible, and leaves no file behind."""
     start = time.monotonic()
     check_output(out)
+    if settings.device != "cpu" and not torch.cuda.is_available():
+        raise AaacError(f"--device {settings.device}: torch finds no CUDA device here; use --device cpu")
     # In the first seconds: everything that can be refused without reading the weights.
     with full_precision(source, out.parent, header_only=True) as header:
         plans = make_plan(header, settings.type, settings.overrides, settings.embedding)

@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from conftest import write_source
 
 from aaac_gguf import cli, demo, gguf_io
@@ -176,6 +177,9 @@ def test_unknown_architecture_fails_before_the_weights_are_read(tmp_path, capsys
         (["--imatrix", "/nonexistent"], "--imatrix /nonexistent: no such file"),
         (["--type", "Q9"], "--type Q9: unknown type"),
         (["--tensor-type", "zzz=F16"], "matches no tensor"),
+        pytest.param(
+            ["--device", "cuda"], "no CUDA device here", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+        ),
     ],
 )
 def test_bad_flags(source, tmp_path, capsys, args, words):

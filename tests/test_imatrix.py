@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aaac_gguf import calibrate, checkpoint, demo, llama
 from aaac_gguf.errors import AaacError
 from aaac_gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 
@@ -86,3 +87,19 @@ def test_refusals(tmp_path):
 def test_a_model_is_not_an_imatrix(source):
     with pytest.raises(AaacError, match="not an importance matrix"):
         read_imatrix(source)
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("suffix", ["gguf", "dat"])
+def test_llama_imatrix_sees_what_transformers_sees(patched, demo_full, tmp_path, suffix):
+    """The same text through llama-imatrix and through our calibration, in both of its file layouts."""
+    out, log = tmp_path / f"imatrix.{suffix}", tmp_path / "log"
+    args = ["-m", demo_full.path, "-f", demo.SAMPLE_TEXT, "-c", "256", "--chunks", "4", "-o", out, "--output-format", suffix, "--no-ppl"]
+    llama.run_logged_tool("llama-imatrix", args, log)
+    theirs = read_imatrix(out)
+    tokens, _ = calibrate.text_tokens(demo.MODEL, demo.SAMPLE_TEXT, 4, 256)
+    ours = calibrate.importance(checkpoint.load_model(demo.MODEL), tokens, "llama", demo_full.tensors, "sample")
+    assert set(theirs.entries) == set(ours.entries) - {"token_embd.weight"}
+    for name, e in theirs.entries.items():
+        expected, got = e.importance(), ours.entries[name].importance()
+        assert np.abs(got - expected).sum() < 0.02 * expected.sum(), name
