@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--calib-sequences", type=_positive, default=64, metavar="N", help="calibration sequences at most (default 64)")
     p.add_argument("--calib-length", type=_positive, default=512, metavar="T", help="tokens per calibration sequence (default 512)")
     p.add_argument("--method", choices=("aaac", "paper"), default="aaac", help="aaac (default), or the paper's Algorithm 1 as published")
+    p.add_argument("--no-feedback", action="store_true", help="round by importance alone, without error feedback: faster, less exact")
     p.add_argument("--seed", type=int, default=0, help="for sampled tokens and for the groups that codebooks are fitted to (default 0)")
     p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     p.add_argument("--dry-run", action="store_true", help="print the plan and the exact size, write nothing")
@@ -110,6 +111,7 @@ def _convert(args: argparse.Namespace) -> None:
         embedding=plan.parse_type(args.embedding_type, "--embedding-type"),
         calibration=convert.Calibration(calib, args.imatrix, args.calib_sequences, args.calib_length, args.seed),
         method=args.method,
+        feedback=not args.no_feedback,
         device=args.device,
     )
     if args.dry_run:

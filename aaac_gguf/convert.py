@@ -22,7 +22,9 @@ from tqdm import tqdm
 from . import __version__, calibrate, checkpoint, llama
 from . import format as fmt
 from .errors import AaacError
+from .feedback import DAMPING
 from .gguf_io import GgufFile, Metadata, TensorInfo, Value, alignment, atomic, codec_values, dequantize, field_values, read, render_header
+from .hessian import Moments, collect, in_rows_of, passes
 from .imatrix import Imatrix, read_imatrix, sha256
 from .kquants import quantize_q6_k
 from .plan import Override, TensorPlan, make_plan
@@ -40,6 +42,10 @@ FILE_TYPES = {
 
 # Stands in for codecs that are not fitted yet: a header has the same size with any codec.
 BLANK_CODEC = fmt.Codec(np.tile(np.arange(-8, 8, dtype=np.int8), (2, 1)), 1.0, 2)
+
+
+# What the sums of second moments may take at a time; a model whose matrices need more is run several times.
+MOMENTS_BYTES = {"cpu": 4 << 30, "cuda": 32 << 30}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,12 @@ class Settings:
     embedding: T = T.Q6_K
     calibration: Calibration = Calibration()
     method: Method = "aaac"
+    feedback: bool = True
     device: str = "cpu"
+
+    def feeds_back(self, inputs: Inputs) -> bool:
+        """Error feedback needs second moments, and those a model that runs."""
+        return self.feedback and self.method == "aaac" and inputs.description["source"] in ("self", "text")
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Report:
     tensors: list[TensorReport]
     not_covered: list[str]
     seconds: float
+    damped: list[str]  # tensors whose Hessian needed more damping than usual: too few tokens, or channels that never vary
 
 
 @contextmanager
@@ -112,10 +124,11 @@ def convert(source: Path, out: Path, settings: Settings) -> Report:
         inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
     with full_precision(source, out.parent) as file:
         check_finite(file)
-        imatrix = measure(source, file, inputs, settings)
+        imatrix, moments = measure(source, file, inputs, settings, quantized)
         metadata = output_metadata(file, settings, inputs, quantized)
         codecs = dict.fromkeys(quantized, BLANK_CODEC)
         reports: list[TensorReport] = []
+        damped: list[str] = []
 
         def encode(plan: TensorPlan) -> Any:
             tensor = file.tensors[plan.name]
@@ -126,14 +139,19 @@ def convert(source: Path, out: Path, settings: Settings) -> Report:
                 return encode_stock(weight, plan.type)
             entry = imatrix.entries.get(plan.name)
             importance = torch.from_numpy(entry.importance()).to(settings.device) if entry else None
-            result = quantize(weight, fmt.TYPES_BY_ID[plan.type], importance, method=settings.method, seed=settings.calibration.seed)
+            seen = moments.of(plan.name, weight) if moments else None
+            hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
+            qtype = fmt.TYPES_BY_ID[plan.type]
+            result = quantize(weight, qtype, importance, hessian, outputs, method=settings.method, seed=settings.calibration.seed)
             codecs[plan.name] = result.codec
+            if result.damping > DAMPING:
+                damped.append(plan.name)
             reports.append(TensorReport(plan, result.relative_error, result.weighted_error))
             return result.data
 
         write_gguf(out, metadata, plans, encode, codecs)
     not_covered = imatrix.not_covered(quantized) if inputs.description["source"] != "none" else []
-    return Report(out.stat().st_size, reports, not_covered, time.monotonic() - start)
+    return Report(out.stat().st_size, reports, not_covered, time.monotonic() - start, damped)
 
 
 @dataclass(frozen=True)
@@ -166,18 +184,47 @@ def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
     return Inputs({"source": "text", "file": text.name, "sha256": digest, "tokens": tokens.numel(), "sequence_length": length}, tokens=tokens)
 
 
-def measure(source: Path, file: GgufFile, inputs: Inputs, settings: Settings) -> Imatrix:
-    """The importance of the model's matrices, run through transformers unless an imatrix gives it."""
+def measure(source: Path, file: GgufFile, inputs: Inputs, settings: Settings, quantized: Sequence[str]) -> tuple[Imatrix, MomentsByTensor | None]:
+    """The importance of the model's matrices, run through transformers unless an imatrix gives it, and where feedback is wanted their moments."""
     if inputs.imatrix:
-        return inputs.imatrix
+        return inputs.imatrix, None
     if inputs.description["source"] == "none":
-        return Imatrix({})
+        return Imatrix({}), None
     calibration = settings.calibration
     model = checkpoint.load_model(source, settings.device)
     tokens = inputs.tokens
     if tokens is None:
         tokens = calibrate.self_tokens(model, calibration.n_sequences, calibration.sequence_length, calibration.seed)
-    return calibrate.importance(model, tokens, file.architecture, file.tensors, calibration.source)
+    imatrix = calibrate.importance(model, tokens, file.architecture, file.tensors, calibration.source)
+    return imatrix, MomentsByTensor(model, tokens, file, quantized, calibration.seed) if settings.feeds_back(inputs) else None
+
+
+class MomentsByTensor:
+    """Second moments by GGUF tensor. Measured in passes as tensors are asked for, in file order: memory holds the sums of one pass."""
+
+    def __init__(self, model: Any, tokens: torch.Tensor, file: GgufFile, quantized: Sequence[str], seed: int):
+        self.model, self.tokens, self.seed = model, tokens, seed
+        self.weights = dict(model.named_parameters())
+        n_layers = model.config.get_text_config().num_hidden_layers
+        self.parameter: dict[str, str] = {}  # by GGUF name
+        for name in self.weights:
+            for gguf_name in checkpoint.gguf_names(name, file.architecture, n_layers, quantized):
+                self.parameter[gguf_name] = name
+        wanted = dict.fromkeys(self.parameter[name] for name in quantized if name in self.parameter)
+        self.runs = passes(model, list(wanted), MOMENTS_BYTES[model.device.type])
+        self.held: dict[str, Moments] = {}
+        self.held_run: list[str] = []
+
+    def of(self, gguf_name: str, weight: torch.Tensor) -> Moments | None:
+        """The moments of a tensor with the outputs in the order of its rows, `weight`; None where calibration saw no product with it."""
+        name = self.parameter.get(gguf_name)
+        if name is None:
+            return None
+        if name not in self.held_run:
+            self.held.clear()
+            self.held_run = next(run for run in self.runs if name in run)
+            self.held = collect(self.model, self.tokens, self.held_run, self.seed)
+        return in_rows_of(self.held[name], self.weights[name], weight) if name in self.held else None
 
 
 def check_output(out: Path) -> None:
@@ -222,7 +269,7 @@ def output_metadata(file: GgufFile, settings: Settings, inputs: Inputs, quantize
     metadata["general.file_type"] = Value(int(FILE_TYPES[settings.type]), GGUFValueType.UINT32)
     metadata["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
     if quantized:
-        description = {**inputs.description, "method": settings.method}
+        description = {**inputs.description, "method": settings.method, "feedback": settings.feeds_back(inputs)}
         metadata[fmt.KEY_QUANTIZER] = Value(f"aaac-gguf {__version__}", GGUFValueType.STRING)
         metadata[fmt.KEY_CALIBRATION] = Value(json.dumps(description), GGUFValueType.STRING)
     return metadata

@@ -87,6 +87,17 @@ class _Watch(Products):
         return Moments(torch.stack([means.get(expert, zero) for expert in range(n_experts)]), None)
 
 
+def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> Tensor:
+    """The sequences int64 [n, T] and as many again of uniformly drawn tokens, each after a first token as the text's.
+
+    A text shows few of the directions that activations can take; what it does not show would count as free. Random tokens show the others: without
+    them an error of the layer that only other text excites goes unseen.
+    """
+    drawn = torch.randint(vocab_size, tokens.shape, generator=torch.Generator().manual_seed(seed))
+    drawn[:, 0] = tokens[:, 0]
+    return torch.cat([tokens, drawn])
+
+
 def collect(model: Any, tokens: Tensor, parameters: Collection[str], seed: int = 0) -> dict[str, Moments]:
     """Moments of the named parameters of a causal language model over `tokens` int64 [n, T]; the same for the same seed on a CPU.
 

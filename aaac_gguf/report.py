@@ -48,6 +48,8 @@ def convert_text(out: Path, report: Report) -> str:
             lines.append(f"{what.replace('_', ' ')}: mean {mean:.5f}, worst {getattr(worst, what):.5f} in {worst.plan.name}")
     if report.not_covered:
         lines.append(f"calibration did not reach {len(report.not_covered)}: {', '.join(report.not_covered)}")
+    if report.damped:
+        lines.append(f"calibrate on more tokens: too few for the channels of {', '.join(report.damped)}, damped more than usual")
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ def test_a_gguf_becomes_aaac(source, tmp_path, capsys):
     assert set(file.codecs) == {"blk.0.attn_q.weight", "blk.0.ffn_down.weight"}
     assert file.get("general.name") == "made by a test"
     assert file.get("tokenizer.ggml.tokens") == ["a", "bc", "d"]
-    assert json.loads(file.get(fmt.KEY_CALIBRATION)) == {"source": "none", "method": "aaac"}
+    assert json.loads(file.get(fmt.KEY_CALIBRATION)) == {"source": "none", "method": "aaac", "feedback": False}
     for name in full.tensors:
         error = np.square(file.load(name) - full.load(name)).sum() / np.square(full.load(name)).sum()
         assert error < 0.006, name
@@ -245,7 +245,8 @@ def test_the_bundled_model(demo_full, tmp_path, capsys):
     file = gguf_io.read(out)
     assert len(file.codecs) == 28
     assert file.tensors["token_embd.weight"].tensor_type.name == "Q6_K"
-    assert json.loads(file.get(fmt.KEY_CALIBRATION)) == {"source": "self", "seed": 0, "tokens": 64, "sequence_length": 32, "method": "aaac"}
+    described = {"source": "self", "seed": 0, "tokens": 64, "sequence_length": 32, "method": "aaac", "feedback": True}
+    assert json.loads(file.get(fmt.KEY_CALIBRATION)) == described
     for name in file.codecs:
         expected = demo_full.load(name)
         assert np.square(file.load(name) - expected).sum() / np.square(expected).sum() < 0.008
