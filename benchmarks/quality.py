@@ -1,0 +1,354 @@
+"""Quality of 4-bit formats on one checkpoint: KL divergence of the quantized model's next-token distribution from the full model's.
+
+    python benchmarks/quality.py MODEL --calib calib.txt --test heldout.txt --test web.txt [--stock Q5_K_S=file.gguf ...]
+
+Every row replaces the weights of all linear layers of the decoder by what its format can hold; embeddings, norms and the output matrix stay as they
+are. The protocol is llama-perplexity's (`-c 512`): BOS in place of each chunk's first token, and only positions 256 to 510 of a chunk are scored.
+Bars are the standard error over chunks. Rows other than ours are reconstructions in torch of what the paper and its neighbours compare with, each at
+its own bits per weight; files of stock llama.cpp types are decoded by the gguf library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aaac_gguf import calibrate, checkpoint, codebook, convert, gguf_io, hessian
+from aaac_gguf import format as fmt
+from aaac_gguf.encode import Grid, decode
+from aaac_gguf.feedback import factor, feedback
+from aaac_gguf.quantize import quantize
+
+CONTEXT = 512
+IQ4_NL = torch.tensor(codebook._IQ4_NL, dtype=torch.float32)
+INT4 = torch.arange(-8.0, 8.0) * 127 / 8
+FP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3, 4, 6]) * 127 / 6
+
+
+@dataclass
+class Layer:
+    """One matrix: the model's parameter, the GGUF's weight [N, K], which of the parameter's rows each of its rows is, and its moments."""
+
+    parameter: Tensor
+    weight: Tensor
+    rows: Tensor
+    moments: hessian.Moments
+
+    @property
+    def importance(self) -> Tensor:
+        return self.moments.inputs.diagonal()
+
+
+Method = Callable[[Layer, int], Tensor]
+
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    return table[torch.bucketize(x, (table[1:] + table[:-1]) / 2)]
+
+
+def grouped(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    groups = weight.reshape(-1, size)
+    return groups, groups.abs().amax(1, keepdim=True).clamp_min(1e-12)
+
+
+def e4m3(scale: Tensor) -> Tensor:
+    """Scales as FP8, with one float32 scale per tensor, as NVFP4 has them."""
+    top = scale.max() / 448
+    return (scale / top).to(torch.float8_e4m3fn).float().clamp_min(2**-9) * top
+
+
+def rtn(layer: Layer, seed: int) -> Tensor:
+    """INT4, groups of 32 with a float16 scale, the largest magnitude on -8 as in Q4_0."""
+    groups, largest = grouped(layer.weight, 32)
+    signed = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    scale = (signed / -8).half().float()
+    scale = torch.where(scale == 0, largest / 8, scale)
+    return ((groups / scale).round().clamp(-8, 7) * scale).view_as(layer.weight)
+
+
+def fp4_or_int4(tables: list[Tensor]) -> Method:
+    """Groups of 16, an FP8 scale, and the better of the tables for each group: NVFP4 with one, IF4 with two (the scale's sign bit tells)."""
+
+    def reconstruct(layer: Layer, seed: int) -> Tensor:
+        groups, largest = grouped(layer.weight, 16)
+        scale = e4m3(largest / 127)
+        candidates = torch.stack([nearest(groups / scale, table) * scale for table in tables])
+        best = (candidates - groups).square().sum(2).argmin(0)
+        return candidates[best, torch.arange(len(best))].view_as(layer.weight)
+
+    return reconstruct
+
+
+def int4_groups(weight: Tensor) -> Tensor:
+    """Symmetric INT4 in groups of 128 with a float16 scale."""
+    groups, largest = grouped(weight, 128)
+    scale = (largest / 7.5).half().float()
+    return ((groups / scale).round().clamp(-8, 7) * scale).view_as(weight)
+
+
+def awq(layer: Layer, seed: int) -> Tensor:
+    """INT4 groups of 128 of the weights scaled per input channel by activation^alpha, the alpha of least output error (folded, it costs no bits)."""
+    activation = layer.importance.sqrt().clamp_min(1e-6)
+    best, least = layer.weight, float("inf")
+    for alpha in torch.arange(0, 1, 0.1):
+        scale = activation**alpha
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        candidate = int4_groups(layer.weight * scale) / scale
+        d = layer.weight - candidate
+        error = float(((d @ layer.moments.inputs) * d).sum())
+        if error < least:
+            best, least = candidate, error
+    return best
+
+
+def gptq(layer: Layer, seed: int) -> Tensor:
+    """INT4 groups of 128, scales by the largest magnitude, error feedback column by column with 1 % damping."""
+    u = factor(layer.moments.inputs, 0.01).u
+    w = layer.weight.T.clone()
+    for j in range(len(w)):
+        if j % 128 == 0:
+            scale = (w[j : j + 128].abs().amax(0) / 7.5).half().float().clamp_min(1e-8)
+        q = (w[j] / scale).round().clamp(-8, 7) * scale
+        error = (w[j] - q) / u[j, j]
+        w[j] = q
+        w[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
+    return w.T
+
+
+def lobcq(layer: Layer, seed: int) -> Tensor:
+    """Blocks of 8 in groups of 64 with an FP8 scale; each block takes one of 16 codebooks of INT6 levels, by Lloyd-Max per cluster of blocks."""
+    groups, largest = grouped(layer.weight, 64)
+    scale = e4m3(largest)
+    x = (groups / scale).reshape(-1, 8)
+    sample = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:20000]]
+    cluster = (sample.abs().amax(1).argsort().argsort() * 16) // len(sample)
+    books = torch.stack([torch.quantile(sample[cluster == c].reshape(-1), torch.linspace(0, 1, 16)) for c in range(16)])
+
+    def errors(x: Tensor) -> Tensor:
+        return torch.stack([(x - nearest(x, book)).square().sum(1) for book in books])
+
+    for _ in range(10):
+        cluster = errors(sample).argmin(0)
+        for c in range(16):
+            members = sample[cluster == c].reshape(-1)
+            key = torch.bucketize(members, (books[c, 1:] + books[c, :-1]) / 2)
+            count, total = torch.bincount(key, minlength=16), torch.bincount(key, members, 16)
+            books[c] = torch.where(count > 0, total / count.clamp_min(1), books[c]).sort().values
+    books = (books * 31).round() / 31
+    best = errors(x).argmin(0)
+    out = torch.empty_like(x)
+    for c in range(16):
+        out[best == c] = nearest(x[best == c], books[c])
+    return (out.view_as(groups) * scale).view_as(layer.weight)
+
+
+def fixed_grid(weight: Tensor, levels: Tensor) -> Grid:
+    """Our 7-bit scales around levels [2, 16] that are not fitted."""
+    base = codebook._scale_base(codebook._SCALE_HEADROOM * float(weight.abs().amax()), 4, fmt.G16)
+    return Grid.of_levels(levels, base * torch.from_numpy(fmt.scale_factors(4)))
+
+
+def one_fitted(layer: Layer) -> Tensor:
+    """One codebook for the tensor by the same Lloyd iterations as the pair."""
+    groups, _ = grouped(layer.weight, 16)
+    drawn = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))[:30000]
+    a = layer.importance.view(-1, 16)[drawn % (layer.weight.shape[1] // 16)]
+    levels = IQ4_NL
+    for _ in range(8):
+        numerator, denominator = codebook._lloyd_sums(groups[drawn], a, fixed_grid(layer.weight, torch.stack([levels, levels])), fmt.G16)
+        means = (numerator.view(2, 16).sum(0) / denominator.view(2, 16).sum(0).clamp_min(1e-30)).float()
+        levels = torch.where(denominator.view(2, 16).sum(0) > 0, means, levels).sort().values
+        levels = levels * 127 / levels.abs().max()
+    return levels.round()
+
+
+def with_feedback(table: Callable[[Layer], Tensor]) -> Method:
+    """The product's feedback, between columns and rows, for one table instead of the fitted pair."""
+
+    def reconstruct(layer: Layer, seed: int) -> Tensor:
+        levels = table(layer)
+        grid = fixed_grid(layer.weight, torch.stack([levels, levels]))
+        return decode(feedback(layer.weight, factor(layer.moments.inputs), grid, fmt.G16, layer.moments.outputs), grid)
+
+    return reconstruct
+
+
+def aaac(qtype: fmt.AaacType, mode: str) -> Method:
+    """Our types as `quantize` makes them."""
+
+    def reconstruct(layer: Layer, seed: int) -> Tensor:
+        given: dict[str, Any] = {
+            "paper": {"importance": layer.importance, "method": "paper"},
+            "importance": {"importance": layer.importance},
+            "columns": {"hessian": layer.moments.inputs},
+            "columns and rows": {"hessian": layer.moments.inputs, "outputs": layer.moments.outputs},
+        }[mode]
+        q = quantize(layer.weight, qtype, seed=seed, **given)
+        return torch.from_numpy(fmt.decode(qtype, q.data, q.codec))
+
+    return reconstruct
+
+
+def methods() -> Iterator[tuple[str, float, Method]]:
+    """Name, bits per weight and reconstruction of every row."""
+    yield "RTN INT4 g32", 4.5, rtn
+    yield "NVFP4", 4.5, fp4_or_int4([FP4])
+    yield "IF4", 4.5, fp4_or_int4([FP4, INT4])
+    yield "AWQ INT4 g128", 4.125, awq
+    yield "GPTQ INT4 g128", 4.125, gptq
+    yield "LO-BCQ", 4 + 4 / 8 + 8 / 64, lobcq
+    yield "paper, G16", 4.5, aaac(fmt.G16, "paper")
+    yield "INT4 g16, feedback", 4.4375, with_feedback(lambda _: INT4)
+    yield "FP4 g16, feedback", 4.4375, with_feedback(lambda _: FP4)
+    yield "IQ4_NL table g16, feedback", 4.4375, with_feedback(lambda _: IQ4_NL)
+    yield "one codebook g16, feedback", 4.4375, with_feedback(one_fitted)
+    for qtype in fmt.TYPES.values():
+        yield f"{qtype.name}, importance", qtype.bits_per_weight, aaac(qtype, "importance")
+        yield f"{qtype.name}, columns", qtype.bits_per_weight, aaac(qtype, "columns")
+        yield f"{qtype.name}", qtype.bits_per_weight, aaac(qtype, "columns and rows")
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, chunks: Tensor) -> Iterator[Tensor]:
+    """[255, vocabulary] for each chunk, float32."""
+    for chunk in chunks:
+        yield model(input_ids=chunk[None].to(model.device), use_cache=False).logits[0, CONTEXT // 2 : CONTEXT - 1].float().log_softmax(-1)
+
+
+def divergence(model: Any, chunks: Tensor, reference: list[Tensor]) -> dict[str, float]:
+    klds, same = [], []
+    for full, log_q in zip(reference, log_probabilities(model, chunks), strict=True):
+        log_p = full.float()
+        klds.append((log_p.exp() * (log_p - log_q)).sum(1))
+        same.append((log_p.argmax(1) == log_q.argmax(1)).float())
+    means, kld = torch.stack([k.mean() for k in klds]), torch.cat(klds)
+    return {
+        "mean": float(kld.mean()),
+        "standard_error": float(means.std() / len(means) ** 0.5),
+        "p99.9": float(kld.quantile(0.999)),
+        "same_top": float(torch.cat(same).mean()),
+    }
+
+
+def layers_of(model: Any, file: gguf_io.GgufFile, moments: dict[str, hessian.Moments]) -> dict[str, Layer]:
+    layers = {}
+    n_layers = model.config.get_text_config().num_hidden_layers
+    parameters = dict(model.named_parameters())
+    for name, seen in moments.items():
+        for gguf_name in checkpoint.gguf_names(name, file.architecture, n_layers, file.tensors):
+            weight = convert.load_weight(file, gguf_name, "cpu")
+            rows = hessian._places(parameters[name].detach().float(), weight)
+            if rows is None:
+                raise SystemExit(f"{gguf_name}: its rows are not those of {name}; this benchmark needs them to be")
+            layers[gguf_name] = Layer(parameters[name], weight, rows, hessian.in_rows_of(seen, parameters[name], weight))
+    return layers
+
+
+def plot(results: dict[str, Any], out: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    rows = results["rows"]
+    texts = list(rows[0]["divergence"])
+    figure, axes = plt.subplots(1, len(texts), figsize=(6 * len(texts), 0.3 * len(rows) + 1.5), sharey=True, squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        values = [row["divergence"][text] for row in rows]
+        axis.barh(range(len(rows)), [v["mean"] for v in values], xerr=[v["standard_error"] for v in values])
+        axis.set_yticks(range(len(rows)), [f"{row['name']} ({row['bits_per_weight']:.3g})" for row in rows])
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel(f"mean KL divergence, {text}")
+    figure.tight_layout()
+    figure.savefig(out, format="svg")
+
+
+def write(args: argparse.Namespace, digest: str, calibration_seconds: float, rows: list[dict[str, Any]]) -> None:
+    results = {
+        "model": args.model.name,
+        "calibration": {
+            "file": args.calib.name,
+            "sha256": digest,
+            "sequences": args.calib_sequences,
+            "random_sequences": args.calib_sequences,
+            "length": CONTEXT,
+            "seconds": calibration_seconds,
+        },
+        "chunks": args.chunks,
+        "seed": args.seed,
+        "threads": torch.get_num_threads(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rows": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(results, args.out.with_suffix(".svg"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--test", type=Path, action="append", required=True)
+    parser.add_argument(
+        "--stock", action="append", default=[], metavar="NAME=FILE", help="a GGUF of the same model, its bits per weight taken from it"
+    )
+    parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by commas")
+    parser.add_argument("--calib-sequences", type=int, default=64)
+    parser.add_argument("--chunks", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality")
+    args = parser.parse_args()
+
+    model = checkpoint.load_model(args.model)
+    tokens, digest = calibrate.text_tokens(args.model, args.calib, args.calib_sequences, CONTEXT)
+    tests = {path.name: calibrate.text_tokens(args.model, path, args.chunks, CONTEXT)[0] for path in args.test}
+    # Half precision: 48 chunks of a large vocabulary are what takes memory here.
+    references = {name: [p.half() for p in log_probabilities(model, chunks)] for name, chunks in tests.items()}
+    start = time.monotonic()
+    decoder = [name for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
+    moments = hessian.collect(model, hessian.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed), decoder, args.seed)
+    calibration_seconds = time.monotonic() - start
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch, convert.full_precision(args.model, Path(scratch)) as file:
+        layers = layers_of(model, file, moments)
+        stock = {name: gguf_io.read(Path(path)) for name, path in (item.split("=", 1) for item in args.stock)}
+        todo: list[tuple[str, float, Callable[[str, Layer], Tensor]]] = []
+        for name, source in stock.items():
+            bits = 8 * sum(source.tensors[n].n_bytes for n in layers) / sum(layer.weight.numel() for layer in layers.values())
+            todo.append(
+                (
+                    name,
+                    bits,
+                    lambda n, _, source=source: torch.from_numpy(
+                        np.array(gguf_io.dequantize(source.tensors[n].data, source.tensors[n].tensor_type, None))
+                    ),
+                )
+            )
+        todo += [(name, bits, lambda _, layer, method=method: method(layer, args.seed)) for name, bits, method in methods()]
+        for name, bits, reconstruct in todo:
+            if args.rows and not any(part in name for part in args.rows.split(",")):
+                continue
+            start = time.monotonic()
+            with torch.no_grad():
+                for gguf_name, layer in layers.items():
+                    layer.parameter[layer.rows] = reconstruct(gguf_name, layer)
+            seconds = time.monotonic() - start
+            divergences = {text: divergence(model, chunks, references[text]) for text, chunks in tests.items()}
+            rows.append({"name": name, "bits_per_weight": bits, "seconds": seconds, "divergence": divergences})
+            write(args, digest, calibration_seconds, rows)
+            figures = "  ".join(f"{text} {d['mean']:.5f} ± {d['standard_error']:.5f}, top {d['same_top']:.2%}" for text, d in divergences.items())
+            print(f"{name:30} {bits:6.3f}  {figures}  ({seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
