@@ -16,11 +16,16 @@
 #include <vector>
 #include <ucontext.h>
 
-#define __global__ static
+#define __global__
+#define __device__
+#define __forceinline__ inline
 #define __shared__ static // a block at a time, so the threads of one block share what all blocks share
 #define __launch_bounds__(...)
 
-struct dim3 { int x = 1, y = 1, z = 1; };
+struct dim3 {
+    unsigned x, y, z;
+    dim3(int64_t x = 1, int64_t y = 1, int64_t z = 1) : x((unsigned) x), y((unsigned) y), z((unsigned) z) {}
+};
 
 namespace emulator {
 
@@ -61,7 +66,7 @@ inline void entry() {
 
 } // namespace emulator
 
-static dim3 threadIdx, blockIdx;
+static dim3 threadIdx, blockIdx, blockDim;
 
 inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::n_threads); }
 
@@ -131,6 +136,7 @@ inline void launch(dim3 grid, int threads, std::function<void()> call) {
         stacks.emplace_back(new char[STACK]);
     }
     n_threads = threads;
+    blockDim = dim3(threads);
     body = std::move(call);
     fibers.resize(threads);
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
