@@ -17,13 +17,16 @@ from tqdm import tqdm
 
 from .calibrate import Products
 
+# A vocabulary of 128,256 would take 61 GiB.
+MAX_OUTPUTS = 1 << 15
+
 
 @dataclass(frozen=True)
 class Moments:
     """What calibration saw of one parameter, on the model's device.
 
     inputs   float32 [K, K], or [E, K, K] for E experts: mean of x x^T over the tokens that reached it; zero for an expert that none reached
-    outputs  float32 [N, N]: mean of g g^T, up to a factor; None for experts
+    outputs  float32 [N, N]: mean of g g^T, up to a factor; None for experts, and for more outputs than MAX_OUTPUTS
     """
 
     inputs: Tensor
@@ -47,7 +50,7 @@ class _Watch(Products):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.product = None
         out = super().__torch_function__(func, types, args, kwargs)
-        if self.product and out.requires_grad:
+        if self.product and out.requires_grad and out.shape[-1] <= MAX_OUTPUTS:
             name = self.product
             out.register_hook(lambda g: self._add(self.outputs, name, g.detach().reshape(-1, g.shape[-1])))
         return out
@@ -115,7 +118,9 @@ def collect(model: Any, tokens: Tensor, parameters: Collection[str], seed: int =
             with torch.enable_grad(), watch:
                 logits = model(input_ids=sequence[None].to(model.device), use_cache=False).logits[0].float()
             watch.last = None
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+            # One uniform number per token, drawn on the CPU: the same on every device, and no probabilities cross over.
+            uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+            drawn = (logits.detach().softmax(-1).cumsum(-1) < uniform).sum(-1).clamp_max(logits.shape[-1] - 1)
             with torch.enable_grad():
                 torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
     finally:
@@ -134,7 +139,8 @@ def passes(model: Any, parameters: Sequence[str], budget: int) -> list[list[str]
     used = 0
     for name in parameters:
         *experts, n, k = by_name[name].shape
-        size = 4 * (experts[0] * max(n, k) ** 2 if experts else n * n + k * k)
+        # Which of the two is the inputs' side depends on the model; both count, unless too large to be kept as outputs.
+        size = 4 * (experts[0] * max(n, k) ** 2 if experts else sum(side**2 for side in (n, k) if side <= MAX_OUTPUTS))
         if runs[-1] and used + size > budget:
             runs.append([])
             used = 0

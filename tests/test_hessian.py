@@ -99,6 +99,24 @@ def test_passes_keep_to_the_budget(model):
     assert hessian.passes(model, names, 1 << 40) == [names]
 
 
+def test_too_many_outputs_are_left_out(model, monkeypatch):
+    monkeypatch.setattr(hessian, "MAX_OUTPUTS", 256)
+    up = NAME.replace("down", "up")
+    found = hessian.collect(model, random_tokens(4096), [up, NAME])
+    assert found[up].outputs is None
+    assert found[NAME].outputs.shape == (256, 256)
+
+
+def test_random_tokens_come_beside_the_text():
+    tokens = random_tokens(4096)
+    both = hessian.with_random(tokens, 4096, seed=1)
+    assert torch.equal(both[: len(tokens)], tokens)
+    assert torch.equal(both[len(tokens) :, 0], tokens[:, 0])
+    assert (both[len(tokens) :, 1:] != tokens[:, 1:]).float().mean() > 0.9
+    assert int(both.min()) >= 0
+    assert int(both.max()) < 4096
+
+
 def test_outputs_follow_permuted_and_cut_rows():
     parameter = torch.randn(12, 4)
     parameter[3] = parameter[7]  # equal rows are each taken once
