@@ -249,4 +249,4 @@ def test_the_bundled_model(demo_full, tmp_path, capsys):
     assert json.loads(file.get(fmt.KEY_CALIBRATION)) == described
     for name in file.codecs:
         expected = demo_full.load(name)
-        assert np.square(file.load(name) - expected).sum() / np.square(expected).sum() < 0.008
+        assert np.square(file.load(name) - expected).sum() / np.square(expected).sum() < 0.02  # feedback trades this error for the layer's
