@@ -24,7 +24,7 @@ from . import format as fmt
 from .errors import AaacError
 from .feedback import DAMPING
 from .gguf_io import GgufFile, Metadata, TensorInfo, Value, alignment, atomic, codec_values, dequantize, field_values, read, render_header
-from .hessian import Moments, collect, in_rows_of, passes
+from .hessian import Moments, collect, in_rows_of, passes, with_random
 from .imatrix import Imatrix, read_imatrix, sha256
 from .kquants import quantize_q6_k
 from .plan import Override, TensorPlan, make_plan
@@ -203,7 +203,8 @@ class MomentsByTensor:
     """Second moments by GGUF tensor. Measured in passes as tensors are asked for, in file order: memory holds the sums of one pass."""
 
     def __init__(self, model: Any, tokens: torch.Tensor, file: GgufFile, quantized: Sequence[str], seed: int):
-        self.model, self.tokens, self.seed = model, tokens, seed
+        vocab_size = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)
+        self.model, self.tokens, self.seed = model, with_random(tokens, vocab_size, seed), seed
         self.weights = dict(model.named_parameters())
         n_layers = model.config.get_text_config().num_hidden_layers
         self.parameter: dict[str, str] = {}  # by GGUF name
