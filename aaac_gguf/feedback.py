@@ -272,8 +272,8 @@ class _Rows:
                 code = self.code[group.start // self.size]
                 second = self.second[group.start // SELECTOR_SIZE : group.stop // SELECTOR_SIZE]
                 kept = _Choice(code, second, self.level[group], (metric.root @ (target - self.q[group])).square().sum(0))
-                codes = torch.stack([code.clamp_min(1), (code + 1).clamp_max(last), (code - 1).clamp_min(1)])
-                found = self.rounding.best(target, metric, codes)
+                nearby = code + torch.arange(-2, 3, device=code.device)[:, None]
+                found = self.rounding(target, metric, nearby.clamp(1, last))
                 old = self.q[group].clone()
                 # Rounding in float32 must not let a group go back and forth.
                 kept.take(found.error < kept.error * (1 - 1e-5), found)
