@@ -174,7 +174,7 @@ def output_moment() -> torch.Tensor:
 
 @ALL_TYPES
 def test_rows_are_fed_back_where_outputs_are_coupled(qtype):
-    w, h, o = weights(), hessian(), output_moment()
+    w, h, o = weights()[:, :128], hessian()[:128, :128], output_moment()
     columns, both = quantize(w, qtype, hessian=h), quantize(w, qtype, hessian=h, outputs=o)
     errors = []
     for q in (columns, both):
@@ -187,7 +187,7 @@ def test_rows_are_fed_back_where_outputs_are_coupled(qtype):
 
 @pytest.mark.parametrize("n_rows", [1, 7, 96])
 def test_rows_of_uncoupled_outputs_stay_as_they_are(n_rows):
-    w, h = weights()[:n_rows], hessian()
+    w, h = weights()[:n_rows, :128], hessian()[:128, :128]
     o = torch.diag(torch.rand(n_rows) + 0.1)
     assert quantize(w, G16, hessian=h, outputs=o).data.tobytes() == quantize(w, G16, hessian=h).data.tobytes()
 
