@@ -272,12 +272,11 @@ def plot(results: dict[str, Any], out: Path) -> None:
     figure.savefig(out, format="svg")
 
 
-def write(args: argparse.Namespace, digest: str, calibration_seconds: float, rows: list[dict[str, Any]]) -> None:
+def write(args: argparse.Namespace, digests: dict[str, str], calibration_seconds: float, rows: list[dict[str, Any]]) -> None:
     results = {
         "model": args.model.name,
         "calibration": {
-            "file": args.calib.name,
-            "sha256": digest,
+            "sha256": digests,
             "sequences": args.calib_sequences,
             "random_sequences": args.calib_sequences,
             "length": CONTEXT,
@@ -297,7 +296,7 @@ def write(args: argparse.Namespace, digest: str, calibration_seconds: float, row
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--calib", type=Path, action="append", required=True, help="several share the sequences equally")
     parser.add_argument("--test", type=Path, action="append", required=True)
     parser.add_argument(
         "--stock", action="append", default=[], metavar="NAME=FILE", help="a GGUF of the same model, its bits per weight taken from it"
@@ -310,7 +309,8 @@ def main() -> None:
     args = parser.parse_args()
 
     model = checkpoint.load_model(args.model)
-    tokens, digest = calibrate.text_tokens(args.model, args.calib, args.calib_sequences, CONTEXT)
+    texts = [calibrate.text_tokens(args.model, path, args.calib_sequences // len(args.calib), CONTEXT) for path in args.calib]
+    tokens, digests = torch.cat([t for t, _ in texts]), {path.name: digest for path, (_, digest) in zip(args.calib, texts, strict=True)}
     tests = {path.name: calibrate.text_tokens(args.model, path, args.chunks, CONTEXT)[0] for path in args.test}
     # Half precision: 48 chunks of a large vocabulary are what takes memory here.
     references = {name: [p.half() for p in log_probabilities(model, chunks)] for name, chunks in tests.items()}
@@ -345,7 +345,7 @@ def main() -> None:
             seconds = time.monotonic() - start
             divergences = {text: divergence(model, chunks, references[text]) for text, chunks in tests.items()}
             rows.append({"name": name, "bits_per_weight": bits, "seconds": seconds, "divergence": divergences})
-            write(args, digest, calibration_seconds, rows)
+            write(args, digests, calibration_seconds, rows)
             figures = "  ".join(f"{text} {d['mean']:.5f} ± {d['standard_error']:.5f}, top {d['same_top']:.2%}" for text, d in divergences.items())
             print(f"{name:30} {bits:6.3f}  {figures}  ({seconds:.0f} s)", flush=True)
 
