@@ -128,9 +128,10 @@ AAAC_DEV void aaac_load_rows(const uint8_t * const * rows, int u, aaac_raw * raw
 
 // sum[r*N + c]: this thread's part of row row0 + r times column c, without the factor d of the scales, which is common to all.
 // Rows and columns past the last repeat it: the caller does not store them.
-template <class T, int N>
+// wait() returns when the kernel that writes q8 has: the first weights are already on their way then.
+template <class T, int N, class W>
 AAAC_DEV void aaac_dot_rows(const aaac_params & p, aaac_tables * tables, const uint8_t * w, int64_t row_bytes, int row0, int n_rows, int k,
-                            const uint8_t * q8, int n_cols, float * sum) {
+                            const uint8_t * q8, int n_cols, float * sum, const W & wait) {
     constexpr int R = aaac_matvec_rows(N);
     const uint32_t multiplier = 1u << (23 - p.m);
     const int      n_units    = k/AAAC_UNIT;
@@ -151,6 +152,7 @@ AAAC_DEV void aaac_dot_rows(const aaac_params & p, aaac_tables * tables, const u
         aaac_load_rows<T, R>(rows, threadIdx.x, next);
     }
     aaac_make_tables(p, threadIdx.x, tables);
+    wait();
     __syncthreads();
 
     for (int u = threadIdx.x; u < n_units; u += AAAC_MATVEC_THREADS) {
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(N)) aa
 
     const int row0 = blockIdx.x*R;
     float sum[R*N];
-    aaac_dot_rows<T, N>(p, &tables, w, row_bytes, row0, n_rows, k, q8, n_cols, sum);
+    aaac_dot_rows<T, N>(p, &tables, w, row_bytes, row0, n_rows, k, q8, n_cols, sum, [] {});
     const float total = aaac_block_sums<R*N>(sum, partial);
     const int row = row0 + threadIdx.x/N;
     const int c   = threadIdx.x % N;

@@ -37,7 +37,7 @@ def host_source() -> str:
     text = "".join((folder / name).read_text() for name in ("aaac-decode.cu", "aaac.cu"))
     kernel = r"(\w+(?:<(?:[^<>;]|<[^<>;]*>)*>)?)"
     text, n = re.subn(kernel + r"<<<(.*?)>>>\(", r"emulator::call({\2}, \1, ", text, flags=re.DOTALL)
-    assert n == 7
+    assert n == 5
     assert "<<<" not in text
     return text
 

@@ -15,6 +15,20 @@ using cublasHandle_t = void *;
 inline int cudaGetLastError() { return 0; }
 inline int ggml_cuda_highest_compiled_arch(int cc) { return cc; }
 
+inline void ggml_cuda_pdl_sync() {}
+inline void ggml_cuda_pdl_lc() {}
+
+struct ggml_cuda_kernel_launch_params {
+    dim3         grid, block;
+    size_t       shared;
+    cudaStream_t stream;
+    ggml_cuda_kernel_launch_params(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) : grid(grid), block(block), shared(shared), stream(stream) {}
+};
+
+template <class... P, class... A> void ggml_cuda_kernel_launch(void (*kernel)(P...), const ggml_cuda_kernel_launch_params & p, const A &... args) {
+    emulator::call({ p.grid, p.block.x, p.shared, p.stream }, kernel, args...);
+}
+
 struct ggml_cuda_pool {};
 
 struct ggml_backend_cuda_context {

@@ -82,23 +82,25 @@ static constexpr int64_t MAX_VEC_COLS = 32;
 
 struct aaac_tensor { // float, strides in elements
     const float * data;
-    int64_t ne1, ne2, ne3;
-    int64_t s1, s2, s3;
+    unsigned ne1, ne2; // 32 bits: a division of 64 takes longer than the rest of a small kernel
+    int64_t  s1, s2, s3;
 };
 
 static aaac_tensor tensor_of(const ggml_tensor * t) {
-    return { (const float *) t->data, t->ne[1], t->ne[2], t->ne[3],
+    return { (const float *) t->data, (unsigned) t->ne[1], (unsigned) t->ne[2],
         (int64_t) (t->nb[1]/sizeof(float)), (int64_t) (t->nb[2]/sizeof(float)), (int64_t) (t->nb[3]/sizeof(float)) };
 }
 
 // columns in the order of their logical indices; grid (columns, ceil(k / 128))
 static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS) k_aaac_quantize(const aaac_tensor x, int k, uint8_t * q8) {
-    const int64_t col = blockIdx.x;
-    const int64_t i   = (int64_t) blockIdx.y*AAAC_MATVEC_THREADS + threadIdx.x;
+    ggml_cuda_pdl_lc(); // the product may start: it loads weights until this is done
+    ggml_cuda_pdl_sync();
+    const unsigned col = blockIdx.x;
+    const int64_t  i   = (int64_t) blockIdx.y*AAAC_MATVEC_THREADS + threadIdx.x;
     if (i < k) {
-        const int64_t i1 = col % x.ne1;
-        const int64_t i2 = col/x.ne1 % x.ne2;
-        const int64_t i3 = col/x.ne1 / x.ne2;
+        const unsigned i1 = col % x.ne1;
+        const unsigned i2 = col/x.ne1 % x.ne2;
+        const unsigned i3 = col/x.ne1 / x.ne2;
         aaac_quantize_32(x.data + i1*x.s1 + i2*x.s2 + i3*x.s3, i, k, q8 + col*aaac_q8_stride(k));
     }
 }
@@ -108,7 +110,7 @@ struct aaac_mul_mat_args {
     int64_t         nb1, nb2, nb3; // of w
     int             n_rows, k;
     const uint8_t * q8;
-    int64_t         ne11, ne12;    // columns of q8 are numbered i1 + ne11*(i2 + ne12*i3)
+    unsigned        ne11, ne12;    // columns of q8 are numbered i1 + ne11*(i2 + ne12*i3)
     int             col0, n_cols;  // those that this launch multiplies
     int             r2, r3;        // how many matrices of src1 share one of w
     float         * dst;
@@ -146,13 +148,14 @@ static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks
 
     int64_t matrix, col, dst, expert = 0;
     if (a.ids) {
+        ggml_cuda_pdl_sync(); // which weights, an earlier kernel has decided
         expert = a.ids[blockIdx.y + blockIdx.z*a.ids_s1];
         matrix = expert*a.nb2;
-        col    = blockIdx.z*a.ne11 + blockIdx.y % a.ne11;
+        col    = (int64_t) blockIdx.z*a.ne11 + blockIdx.y % a.ne11;
         dst    = blockIdx.y*a.s1 + blockIdx.z*a.s2;
     } else {
         matrix = blockIdx.y/a.r2*a.nb2 + blockIdx.z/a.r3*a.nb3;
-        col    = (blockIdx.z*a.ne12 + blockIdx.y)*a.ne11 + a.col0;
+        col    = ((int64_t) blockIdx.z*a.ne12 + blockIdx.y)*a.ne11 + a.col0;
         dst    = blockIdx.y*a.s2 + blockIdx.z*a.s3 + a.col0*a.s1;
     }
     const uint8_t * q8   = a.q8 + col*aaac_q8_stride(a.k);
@@ -162,7 +165,7 @@ static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks
     const bool      mine = threadIdx.x < V && row < a.n_rows && c < a.n_cols;
 
     float sum[V];
-    aaac_dot_rows<T, N>(p, &tables, a.w + matrix, a.nb1, row0, a.n_rows, a.k, q8, a.n_cols, sum);
+    aaac_dot_rows<T, N>(p, &tables, a.w + matrix, a.nb1, row0, a.n_rows, a.k, q8, a.n_cols, sum, [] { ggml_cuda_pdl_sync(); });
     float result = p.d*aaac_block_sums<V>(sum, partial);
 
     if constexpr (FUSED) {
@@ -173,7 +176,7 @@ static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks
         if (f.gate) {
             __shared__ aaac_tables gate_tables;
             __shared__ float gate_partial[V*AAAC_MATVEC_WARPS];
-            aaac_dot_rows<T, N>(f.gate_params, &gate_tables, f.gate + matrix, a.nb1, row0, a.n_rows, a.k, q8, a.n_cols, sum);
+            aaac_dot_rows<T, N>(f.gate_params, &gate_tables, f.gate + matrix, a.nb1, row0, a.n_rows, a.k, q8, a.n_cols, sum, [] {});
             const float gate = f.gate_params.d*aaac_block_sums<V>(sum, gate_partial) + bias(f.gate_bias);
             result = aaac_glu(f.glu_op, gate, result, f.glu_limit);
         }
@@ -210,8 +213,9 @@ void ggml_cuda_aaac_mul_mat_vec(
 
     ggml_cuda_pool_alloc<uint8_t> q8(ctx.pool(), ggml_nrows(src1)*aaac_q8_stride(k));
     check_aligned(q8.get());
-    k_aaac_quantize<<<dim3(ggml_nrows(src1), ceil_div(k, AAAC_MATVEC_THREADS)), AAAC_MATVEC_THREADS, 0, stream>>>(tensor_of(src1), k, q8.get());
-    CUDA_CHECK(cudaGetLastError());
+    const dim3 quantize_grid(ggml_nrows(src1), ceil_div(k, AAAC_MATVEC_THREADS));
+    ggml_cuda_kernel_launch(k_aaac_quantize, ggml_cuda_kernel_launch_params(quantize_grid, AAAC_MATVEC_THREADS, (size_t) 0, stream),
+        tensor_of(src1), (int) k, q8.get());
 
     const aaac_tensor y = tensor_of(dst);
     aaac_mul_mat_args args = {};
@@ -222,8 +226,8 @@ void ggml_cuda_aaac_mul_mat_vec(
     args.n_rows = src0->ne[1];
     args.k      = k;
     args.q8     = q8.get();
-    args.ne11   = src1->ne[1];
-    args.ne12   = src1->ne[2];
+    args.ne11   = (unsigned) src1->ne[1];
+    args.ne12   = (unsigned) src1->ne[2];
     args.r2     = ids ? 1 : src1->ne[2]/src0->ne[2];
     args.r3     = ids ? 1 : src1->ne[3]/src0->ne[3];
     args.dst    = (float *) dst->data;
@@ -238,7 +242,8 @@ void ggml_cuda_aaac_mul_mat_vec(
     with_type(src0->type, [&](auto t) {
         using T = decltype(t);
         const auto launch = [&](auto kernel, int n) {
-            kernel<<<dim3(ceil_div(args.n_rows, aaac_matvec_rows(n)), batch.y, batch.z), AAAC_MATVEC_THREADS, 0, stream>>>(params, args, fused);
+            const dim3 grid(ceil_div(args.n_rows, aaac_matvec_rows(n)), batch.y, batch.z);
+            ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, AAAC_MATVEC_THREADS, (size_t) 0, stream), params, args, fused);
         };
         for (args.col0 = 0; args.col0 < n_cols; args.col0 += MMVQ_MAX_BATCH_SIZE) {
             args.n_cols = std::min<int64_t>(n_cols - args.col0, MMVQ_MAX_BATCH_SIZE);
@@ -249,7 +254,6 @@ void ggml_cuda_aaac_mul_mat_vec(
             else                       { launch(k_aaac_mul_mat_vec<T, 8, false>, 8); }
         }
     });
-    CUDA_CHECK(cudaGetLastError());
 }
 
 //
@@ -258,13 +262,13 @@ void ggml_cuda_aaac_mul_mat_vec(
 
 // float columns of any strides to contiguous halves; grid (columns, ceil(k / 256))
 static __global__ void k_aaac_to_f16(const aaac_tensor x, int k, aaac_f16 * y) {
-    const int64_t col = blockIdx.x;
-    const int64_t i   = (int64_t) blockIdx.y*blockDim.x + threadIdx.x;
+    const unsigned col = blockIdx.x;
+    const int64_t  i   = (int64_t) blockIdx.y*blockDim.x + threadIdx.x;
     if (i < k) {
-        const int64_t i1 = col % x.ne1;
-        const int64_t i2 = col/x.ne1 % x.ne2;
-        const int64_t i3 = col/x.ne1 / x.ne2;
-        y[col*k + i] = aaac_from_float<aaac_f16>(x.data[i1*x.s1 + i2*x.s2 + i3*x.s3 + i]);
+        const unsigned i1 = col % x.ne1;
+        const unsigned i2 = col/x.ne1 % x.ne2;
+        const unsigned i3 = col/x.ne1 / x.ne2;
+        y[(int64_t) col*k + i] = aaac_from_float<aaac_f16>(x.data[i1*x.s1 + i2*x.s2 + i3*x.s3 + i]);
     }
 }
 
