@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("llama", help="the patched llama.cpp: build it, run its tools")
     actions = p.add_subparsers(required=True, metavar="ACTION")
     p = actions.add_parser("build", help="fetch, patch and build; does nothing the second time")
+    p.add_argument("--backend", choices=("cpu", "cuda"), default="cpu", help="cpu (default), or cuda: needs the CUDA toolkit")
+    p.add_argument("--arch", metavar="LIST", help="CUDA architectures, for example 90 or '80;89' (default: this machine's)")
     p.set_defaults(run=_llama_build)
     p = actions.add_parser("run", help="run a built tool", prefix_chars="\0")  # everything after TOOL is the tool's
     p.add_argument("tool", metavar="TOOL")
@@ -156,7 +158,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _llama_build(args: argparse.Namespace) -> None:
     from . import llama
 
-    print(llama.build())
+    print(llama.build(args.backend, args.arch))
 
 
 def _llama_run(args: argparse.Namespace) -> int:

@@ -43,6 +43,8 @@ TOOLS = (
     "test-aaac",
 )
 
+BACKEND_FLAGS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("-DGGML_CUDA=ON",)}
+
 # One static binary per tool, for this machine's instruction set; no network client, since the tools are given local files.
 CMAKE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -79,6 +81,11 @@ def upstream() -> Upstream:
     return Upstream(**{key: table[key] for key in Upstream.__dataclass_fields__})
 
 
+def hooks() -> list[Path]:
+    """Our insertions into upstream's files, in the order in which they apply."""
+    return sorted(shipped("patches").glob("*.patch"))
+
+
 def patch_files() -> dict[PurePosixPath, Path]:
     """Our new files by their place in llama.cpp's tree."""
     new = shipped("patches") / "new"
@@ -91,7 +98,7 @@ def patch_files() -> dict[PurePosixPath, Path]:
 def source_dir() -> Path:
     """Where the patched source lies, or will."""
     digest = hashlib.sha256()
-    for path in (*patch_files().values(), *(shipped("patches") / name for name in ("UPSTREAM.toml", "hooks.patch"))):
+    for path in (*patch_files().values(), shipped("patches") / "UPSTREAM.toml", *hooks()):
         digest.update(path.read_bytes())
     return cache_dir() / f"llama.cpp-{upstream().version}-{digest.hexdigest()[:12]}"
 
@@ -146,7 +153,7 @@ def apply_patch(tree: Path) -> None:
         shutil.copyfile(path, tree / place)
     # The ceiling keeps git from taking a repository around the cache folder for the patch's root.
     env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
-    command = ["git", "apply", "--unidiff-zero", str((shipped("patches") / "hooks.patch").resolve())]
+    command = ["git", "apply", "--unidiff-zero", *(str(path.resolve()) for path in hooks())]
     result = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     if result.returncode:
         raise AaacError(
@@ -154,35 +161,46 @@ def apply_patch(tree: Path) -> None:
         )
 
 
-def build() -> Path:
-    """Build the tools if they are not built yet; returns the folder of the binaries."""
+def build(backend: str = "cpu", arch: str | None = None) -> Path:
+    """Build the tools for `backend`, "cpu" or "cuda", if they are not built yet; returns the folder of the binaries.
+
+    arch: CUDA architectures as CMake takes them, "90" or "80;89"; this machine's GPU where none is given.
+    """
+    if backend == "cuda" and not shutil.which("nvcc"):
+        raise AaacError("--backend cuda: nvcc not found; install the CUDA toolkit and put its bin folder on PATH")
     source = fetch()
-    folder = source / "build"
+    folder = _build_dir(backend)
     stamp = folder / "built"
     with _lock():
         if not stamp.is_file():
-            log = source / "build.log"
+            log = source / f"{folder.name}.log"
             log.unlink(missing_ok=True)
-            _run_logged(
-                [_program("cmake"), "-S", source, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}", *CMAKE_FLAGS], log
-            )
+            flags = [*CMAKE_FLAGS, *BACKEND_FLAGS[backend], f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}"]
+            if arch:
+                flags.append(f"-DCMAKE_CUDA_ARCHITECTURES={arch}")
+            _run_logged([_program("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *flags], log)
             _run_logged([_program("cmake"), "--build", folder, "--target", *TOOLS], log)
             stamp.touch()
     return folder / "bin"
 
 
+def _build_dir(backend: str) -> Path:
+    return source_dir() / f"build-{backend}"
+
+
 def tool(name: str) -> Path:
-    """The built binary `name`. Raises AaacError when it is unknown or not built."""
+    """The built binary `name`, with CUDA where that was built. Raises AaacError when it is unknown or not built."""
     if name not in TOOLS:
         raise AaacError(f"{name}: not one of the built tools; choose from {', '.join(TOOLS)}")
-    path = source_dir() / "build" / "bin" / name
-    if not path.is_file():
-        raise AaacError(f"{name}: not built; run `aaac-gguf llama build`")
-    return path
+    for backend in ("cuda", "cpu"):
+        path = _build_dir(backend) / "bin" / name
+        if (_build_dir(backend) / "built").is_file() and path.is_file():
+            return path
+    raise AaacError(f"{name}: not built; run `aaac-gguf llama build`")
 
 
-def is_built() -> bool:
-    return (source_dir() / "build" / "built").is_file()
+def is_built(backend: str = "cpu") -> bool:
+    return (_build_dir(backend) / "built").is_file()
 
 
 def run_logged_tool(name: str, args: Sequence[str | os.PathLike[str]], log: Path) -> str:

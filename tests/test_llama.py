@@ -90,6 +90,12 @@ def test_tools_that_are_not_built(cache, capsys):
     assert "not built; run `aaac-gguf llama build`" in capsys.readouterr().err
 
 
+def test_cuda_without_a_toolkit(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert cli.main(["llama", "build", "--backend", "cuda"]) == 2
+    assert "nvcc not found" in capsys.readouterr().err
+
+
 @pytest.mark.llama
 def test_run_passes_arguments_and_status_through(patched, capfd):
     assert cli.main(["llama", "run", "llama-perplexity", "--version"]) == 0
@@ -100,7 +106,7 @@ def test_run_passes_arguments_and_status_through(patched, capfd):
 
 @pytest.mark.llama
 def test_building_again_does_nothing(patched):
-    stamp = llama.source_dir() / "build" / "built"
+    stamp = patched.parent / "built"
     before = stamp.stat().st_mtime_ns
     assert llama.build() == patched
     assert stamp.stat().st_mtime_ns == before
