@@ -182,7 +182,7 @@ def dequant(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, dtype: str = "fl
         n_units = n_rows * k // UNIT
         if n_units:
             run = kernel("dequant.cu", f"aaac_dequant<{STRUCTS[qtype.name]}, {C_TYPES[dtype]}>")
-            args = (params, view, np.int64(view.strides[0]), np.int32(k), np.int64(n_units), out, np.int64(k))
+            args = (params, view, np.int64(view.strides[0]), np.int32(k), np.uint32(n_units), out, np.int64(k))
             run((_ceil_div(n_units, THREADS),), (THREADS,), args)
     return _like(blocks, out, dtype == "bfloat16")
 

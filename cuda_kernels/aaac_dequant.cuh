@@ -46,16 +46,17 @@ AAAC_DEV void aaac_dequant_unit(const aaac_params & p, const aaac_tables & table
     }
 }
 
-// y[row*ld_y + i]; n_units over all rows; grid ceil(n_units / 128)
+// y[row*ld_y + i]; n_units over all rows, below 2^32 - 128; grid ceil(n_units / 128)
 template <class T, class O>
-__global__ void __launch_bounds__(AAAC_DEQUANT_THREADS) aaac_dequant(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int k, int64_t n_units, O * y, int64_t ld_y) {
+__global__ void __launch_bounds__(AAAC_DEQUANT_THREADS) aaac_dequant(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes,
+                                                                     int k, uint32_t n_units, O * y, int64_t ld_y) {
     __shared__ aaac_tables tables;
     aaac_make_tables(p, threadIdx.x, &tables);
     __syncthreads();
-    const int64_t i = (int64_t) blockIdx.x*AAAC_DEQUANT_THREADS + threadIdx.x;
+    const uint32_t i = blockIdx.x*AAAC_DEQUANT_THREADS + threadIdx.x;
     if (i < n_units) {
-        const int     per_row = k/AAAC_UNIT;
-        const int64_t row     = i/per_row;
+        const uint32_t per_row = (uint32_t) k/AAAC_UNIT;
+        const int64_t  row     = i/per_row; // a division of 64 bits would cost more than the decode
         aaac_dequant_unit<T, O>(p, tables, w + row*row_bytes, (int) (i % per_row), y + row*ld_y);
     }
 }

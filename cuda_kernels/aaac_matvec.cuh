@@ -212,7 +212,8 @@ AAAC_DEV void aaac_dot_rows(const aaac_params & p, aaac_tables * tables, const u
 
 // q8: columns as aaac_quantize_q8 writes them; grid ceil(n_rows / rows of a block). y[c*ld_y + n]
 template <class T, int N>
-__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(N)) aaac_matvec_q8(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
+__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(N)) aaac_matvec_q8(const AAAC_GRID_CONSTANT aaac_params p,
+                                                                      const uint8_t * w, int64_t row_bytes, int n_rows, int k,
                                                                       const uint8_t * q8, int n_cols, float * y, int64_t ld_y) {
     constexpr int R = aaac_matvec_rows(N);
     __shared__ aaac_tables tables;
@@ -235,7 +236,8 @@ __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(N)) aa
 
 // x[c*ld_x + i] is read 4 elements at a time: x and its columns must start at multiples of 4 elements
 template <class T, class A, int N>
-__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, 4) aaac_matvec(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
+__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, 4) aaac_matvec(const AAAC_GRID_CONSTANT aaac_params p,
+                                                                   const uint8_t * w, int64_t row_bytes, int n_rows, int k,
                                                                    const A * x, int64_t ld_x, int n_cols, float * y, int64_t ld_y) {
     constexpr int R = 2;
     struct alignas(4*sizeof(A)) four { A x[4]; };

@@ -2,7 +2,7 @@
 #include "aaac_dequant.cuh"
 
 #if !defined(__CUDACC_RTC__)
-#define INSTANTIATE(T, O) template __global__ void aaac_dequant<T, O>(const AAAC_GRID_CONSTANT aaac_params, const uint8_t *, int64_t, int, int64_t, O *, int64_t);
+#define INSTANTIATE(T, O) template __global__ void aaac_dequant<T, O>(const AAAC_GRID_CONSTANT aaac_params, const uint8_t *, int64_t, int, uint32_t, O *, int64_t);
 #define INSTANTIATE_TYPES(O) INSTANTIATE(aaac_g16, O) INSTANTIATE(aaac_g32, O) INSTANTIATE(aaac_g128, O)
 INSTANTIATE_TYPES(float)
 INSTANTIATE_TYPES(aaac_f16)

@@ -40,6 +40,7 @@ inline std::vector<bool> done;
 inline std::vector<warp_state> warps;
 inline barrier block_barrier;
 inline int current, n_threads;
+inline uint32_t order = 1;
 inline std::function<void()> body;
 
 inline void wait(barrier & b, int all) {
@@ -153,8 +154,11 @@ inline void launch(dim3 grid, int threads, std::function<void()> call) {
                     makecontext(&fibers[i], (void (*)()) entry, 0);
                 }
                 for (int left = threads; left > 0;) {
-                    for (current = 0; current < threads; ++current) {
-                        if (!done[current]) {
+                    // a new order each time, and some warps stall: a reader that should have waited for a writer comes first sooner or later
+                    order = order*1664525u + 1013904223u;
+                    for (int i = 0; i < threads; ++i) {
+                        current = ((order >> 31 ? i : threads - 1 - i) + (int) (order >> 8 & 1023)) % threads;
+                        if (!done[current] && !(order >> (current/WARP + 12) & 1)) {
                             threadIdx.x = current;
                             swapcontext(&scheduler, &fibers[current]);
                             left -= done[current];

@@ -83,7 +83,7 @@ void dequant(int type, int format, const aaac_params * p, const uint8_t * w, int
             using O = decltype(o);
             const int64_t n_units = (int64_t) n_rows*k/AAAC_UNIT;
             launch({ceil_div(n_units, AAAC_DEQUANT_THREADS)}, AAAC_DEQUANT_THREADS,
-                   [&] { aaac_dequant<decltype(t), O>(*p, w, row_bytes, k, n_units, (O *) y, k); });
+                   [&] { aaac_dequant<decltype(t), O>(*p, w, row_bytes, k, (uint32_t) n_units, (O *) y, k); });
         });
     });
 }

@@ -278,7 +278,7 @@ static void dequantize(const ggml_tensor * src0, const void * data, int64_t n_ro
     with_type(src0->type, [&](auto t) {
         const int64_t n_units = n_rows*src0->ne[0]/AAAC_UNIT;
         aaac_dequant<decltype(t), O><<<ceil_div(n_units, AAAC_DEQUANT_THREADS), AAAC_DEQUANT_THREADS, 0, stream>>>(
-            *ggml_aaac_get_params(src0), (const uint8_t *) data, src0->nb[1], src0->ne[0], n_units, y, src0->ne[0]);
+            *ggml_aaac_get_params(src0), (const uint8_t *) data, src0->nb[1], src0->ne[0], (uint32_t) n_units, y, src0->ne[0]);
     });
     CUDA_CHECK(cudaGetLastError());
 }
