@@ -58,10 +58,9 @@ static void run(int k, int n_rows, int n_cols) {
         }
     }
     for (int c = 0; c < n_cols; ++c) {
-        for (int row = 0; row < n_rows; ++row) {
-            by_row[c*n_rows + row] = dot_row<T>(w.levels, w.scales, (const typename T::block *) &rows[row*stride], k, acts[c]);
-        }
+        out[c] = &by_row[c*n_rows];
     }
+    mul_rows<T>(w, rows.data(), stride, n_rows, k, acts.data(), n_cols, out.data());
 
     const int tile_rows = TILE_ROWS;
     write_bytes(&tile_rows, sizeof(tile_rows));

@@ -19,6 +19,7 @@ from aaac_gguf.llama import shipped
 
 ALL_TYPES = pytest.mark.parametrize("qtype", TYPES.values(), ids=TYPES)
 X86 = ("x86_64", "AMD64")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma")
 # name: machines that run it natively, flags of cpuinfo that it needs, compiler flags
 TARGETS = {
     "generic": ((), (), ("-DAAAC_GENERIC",)),
@@ -27,8 +28,9 @@ TARGETS = {
     "avx512-vnni": (
         X86,
         ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"),
+        AVX512,
     ),
+    "avx512-vnni-vbmi": (X86, ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi"), (*AVX512, "-mavx512vbmi")),
     "neon-dotprod": (("aarch64", "arm64"), (), ("-march=armv8.2-a+dotprod",)),
 }
 

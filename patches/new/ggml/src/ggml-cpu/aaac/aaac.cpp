@@ -1,4 +1,5 @@
 #include "aaac.h"
+#include "aaac-simple.h"
 
 #include "ggml-aaac.h"
 #include "ggml-cpu-impl.h"
@@ -6,9 +7,6 @@
 #include "kernels.h"
 
 #include <algorithm>
-
-// From this many columns on, decoding a tile of rows once for all of them beats decoding each row for every column.
-static constexpr int64_t MIN_TILE_COLS = 4;
 
 // Rows that a thread takes at a time: small enough to balance the threads, a multiple of every TILE_ROWS.
 static constexpr int64_t CHUNK_ROWS = 32;
@@ -112,14 +110,15 @@ struct mul_mat_id_columns {
 template <class T, class C>
 static void mul_rows(const aaac::weights & w, const char * matrix, size_t row_stride, int64_t k, int64_t row0, int64_t row1, const C & columns, void * tile) {
     const int64_t n_cols = columns.count();
-    if (n_cols < MIN_TILE_COLS) {
+    if (n_cols <= aaac::MAX_DOT_COLS) {
+        aaac::act_view acts[aaac::MAX_DOT_COLS];
+        float * out[aaac::MAX_DOT_COLS];
         for (int64_t j = 0; j < n_cols; ++j) {
             const column c = columns(j);
-            const aaac::act_view act(c.act, k);
-            for (int64_t row = row0; row < row1; ++row) {
-                c.dst[row] = aaac::dot_row<T>(w.levels, w.scales, (const typename T::block *) (matrix + row*row_stride), k, act);
-            }
+            acts[j] = aaac::act_view(c.act, k);
+            out[j]  = c.dst + row0;
         }
+        aaac::mul_rows<T>(w, matrix + row0*row_stride, row_stride, (int) (row1 - row0), k, acts, (int) n_cols, out);
         return;
     }
 
@@ -202,16 +201,10 @@ static void quantize_src1(const ggml_compute_params * params, const ggml_tensor 
     }
 }
 
-static void check_shapes(const ggml_tensor * dst) {
-    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst));
-    GGML_ASSERT(dst->src[0]->ne[0] == dst->src[1]->ne[0]);
-    GGML_ASSERT(dst->type == GGML_TYPE_F32 && dst->nb[0] == sizeof(float)); // not transposed
-}
-
 static void compute_mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
-    check_shapes(dst);
+    ggml_cpu_aaac_check_shapes(dst);
     GGML_ASSERT(src1->ne[2] % src0->ne[2] == 0 && src1->ne[3] % src0->ne[3] == 0);
 
     const work wk(dst, params->nth);
@@ -274,7 +267,7 @@ static void compute_mul_mat_id(const ggml_compute_params * params, ggml_tensor *
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->src[2];
-    check_shapes(dst);
+    ggml_cpu_aaac_check_shapes(dst);
 
     const int64_t n_experts = src0->ne[2];
     const work wk(dst, params->nth);
@@ -308,92 +301,6 @@ static void compute_mul_mat_id(const ggml_compute_params * params, ggml_tensor *
     }
 }
 
-// The same products without any of the above: float activations, scalar decode, sums in double. ggml_backend_cpu_set_use_ref asks for it.
-static void compute_mul_mat_reference(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    const ggml_tensor * ids  = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
-    const aaac_params * p    = ggml_aaac_get_params(src0);
-    check_shapes(dst);
-
-    constexpr int MAX_BLOCK = QK_AAAC4_G128;
-    const int64_t block = ggml_blck_size(src0->type);
-    for (int64_t j = params->ith; j < ggml_nrows(dst); j += params->nth) {
-        const int64_t i1 = j % dst->ne[1];
-        const int64_t i2 = j/dst->ne[1] % dst->ne[2];
-        const int64_t i3 = j/dst->ne[1] / dst->ne[2];
-        const int64_t i02 = ids ? *(const int32_t *) ((const char *) ids->data + i1*ids->nb[0] + i2*ids->nb[1]) : i2/(src1->ne[2]/src0->ne[2]);
-        const int64_t i03 = ids ? 0 : i3/(src1->ne[3]/src0->ne[3]);
-        const float * x = (const float *) ((const char *) src1->data + (ids ? i1 % src1->ne[1] : i1)*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3]);
-        float       * y = (float *) ((char *) dst->data + i1*dst->nb[1] + i2*dst->nb[2] + i3*dst->nb[3]);
-        for (int64_t row = 0; row < src0->ne[1]; ++row) {
-            const char * data = (const char *) src0->data + row*src0->nb[1] + i02*src0->nb[2] + i03*src0->nb[3];
-            double sum = 0.0;
-            for (int64_t i = 0; i < src0->ne[0]; i += block) {
-                float values[MAX_BLOCK];
-                ggml_aaac_dequantize_row(src0->type, p, data + i/block*src0->nb[0], values, block);
-                for (int64_t l = 0; l < block; ++l) {
-                    sum += (double) values[l]*x[i + l];
-                }
-            }
-            y[row] = (float) sum;
-        }
-    }
-}
-
-//
-// decoding
-//
-
-static void compute_get_rows(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    const aaac_params * p    = ggml_aaac_get_params(src0);
-    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst) && dst->nb[0] == sizeof(float));
-
-    for (int64_t j = params->ith; j < ggml_nelements(src1); j += params->nth) {
-        const int64_t i10 = j % src1->ne[0];
-        const int64_t i11 = j/src1->ne[0] % src1->ne[1];
-        const int64_t i12 = j/src1->ne[0] / src1->ne[1];
-        const int64_t i01 = *(const int32_t *) ((const char *) src1->data + i10*src1->nb[0] + i11*src1->nb[1] + i12*src1->nb[2]);
-        GGML_ASSERT(i01 >= 0 && i01 < src0->ne[1]);
-        ggml_aaac_dequantize_row(src0->type, p, (const char *) src0->data + i01*src0->nb[1] + i11*src0->nb[2] + i12*src0->nb[3],
-                                 (float *) ((char *) dst->data + i10*dst->nb[1] + i11*dst->nb[2] + i12*dst->nb[3]), src0->ne[0]);
-    }
-}
-
-// address of element number i of a tensor, in the order of its logical elements
-static char * element(const ggml_tensor * t, int64_t i) {
-    const int64_t i0 = i % t->ne[0];
-    i /= t->ne[0];
-    const int64_t i1 = i % t->ne[1];
-    i /= t->ne[1];
-    return (char *) t->data + i0/ggml_blck_size(t->type)*t->nb[0] + i1*t->nb[1] + i % t->ne[2]*t->nb[2] + i/t->ne[2]*t->nb[3];
-}
-
-// CPY keeps the order of the elements; shapes and strides may differ
-static void compute_cpy(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * src0 = dst->src[0];
-    const aaac_params * p    = ggml_aaac_get_params(src0);
-    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst) && ggml_nelements(dst) == ggml_nelements(src0));
-
-    constexpr int MAX_BLOCK = QK_AAAC4_G128;
-    const int64_t block = ggml_blck_size(src0->type);
-    for (int64_t i = params->ith*block; i < ggml_nelements(src0); i += params->nth*block) {
-        float values[MAX_BLOCK];
-        ggml_aaac_dequantize_row(src0->type, p, element(src0, i), values, block);
-        for (int64_t l = 0; l < block; ++l) {
-            char * y = element(dst, i + l);
-            switch (dst->type) {
-                case GGML_TYPE_F32:  *(float       *) y = values[l]; break;
-                case GGML_TYPE_F16:  *(ggml_fp16_t *) y = ggml_fp32_to_fp16(values[l]); break;
-                case GGML_TYPE_BF16: *(ggml_bf16_t *) y = ggml_fp32_to_bf16(values[l]); break;
-                default: GGML_ABORT("%s: type %s", __func__, ggml_type_name(dst->type));
-            }
-        }
-    }
-}
-
 //
 // hooks
 //
@@ -415,10 +322,10 @@ bool ggml_cpu_aaac_compute_forward(ggml_compute_params * params, ggml_tensor * o
         GGML_ABORT("operation %s (%s) is not implemented for AAAC tensors", ggml_op_name(op->op), op->name);
     }
     switch (op->op) {
-        case GGML_OP_MUL_MAT:    params->use_ref ? compute_mul_mat_reference(params, op) : compute_mul_mat(params, op);    break;
-        case GGML_OP_MUL_MAT_ID: params->use_ref ? compute_mul_mat_reference(params, op) : compute_mul_mat_id(params, op); break;
-        case GGML_OP_GET_ROWS:   compute_get_rows(params, op); break;
-        case GGML_OP_CPY:        compute_cpy(params, op);      break;
+        case GGML_OP_MUL_MAT:    params->use_ref ? ggml_cpu_aaac_mul_mat_reference(params, op) : compute_mul_mat(params, op);    break;
+        case GGML_OP_MUL_MAT_ID: params->use_ref ? ggml_cpu_aaac_mul_mat_reference(params, op) : compute_mul_mat_id(params, op); break;
+        case GGML_OP_GET_ROWS:   ggml_cpu_aaac_get_rows(params, op); break;
+        case GGML_OP_CPY:        ggml_cpu_aaac_cpy(params, op);      break;
         default: GGML_ABORT("fatal error");
     }
     return true;

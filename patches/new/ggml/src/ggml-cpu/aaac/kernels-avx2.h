@@ -9,6 +9,10 @@ namespace aaac {
 
 constexpr int TILE_ROWS    = 8;
 constexpr int TILE_COLS    = 4;
+constexpr int DOT_ROWS     = 4;
+constexpr int DOT_COLS     = 4;
+constexpr int MAX_DOT_COLS = 8;
+constexpr int CHUNK        = 128; // weights of a row that dot_rows takes at once
 #if defined(__AVXVNNI__)
 constexpr int LEVEL_OFFSET = 128;
 #else
@@ -21,7 +25,10 @@ using vec_w = __m256i;
 
 struct levels_table {
     __m256i book[2]; // one codebook in each 128-bit lane, for vpshufb
-    explicit levels_table(const aaac_params * p) {
+    float   d;
+    int     m;
+
+    explicit levels_table(const aaac_params * p) : d(p->d), m(p->m) {
         for (int i = 0; i < 2; ++i) {
             const __m128i levels = _mm_loadu_si128((const __m128i *) p->codebooks[i]);
             book[i] = _mm256_broadcastsi128_si256(_mm_add_epi8(levels, _mm_set1_epi8((char) LEVEL_OFFSET)));
@@ -78,34 +85,125 @@ inline float quantize_block(const float * x, int8_t * q) {
     return d;
 }
 
-inline float reduce_add(__m256 x) {
+//
+// dot_rows, 128 weights (2 runs) at a time, in the order that kernels-avx512.h explains:
+// lane 4*j + e of a result is run e%2, group j + 2*(e/2)
+//
+
+template <class T>
+struct chunk_order {
+    int32_t selector[8]; // shift that brings the selector to the top of the header's 32 bits
+    int32_t code[8];     // first bit of the scale code
+
+    constexpr chunk_order() : selector(), code() {
+        for (int lane = 0; lane < 8; ++lane) {
+            const int group = lane/4 + lane % 4/2*2;
+            selector[lane] = 31 - T::selector_bit(lane % 2, group);
+            code[lane]     = T::code_bit(group);
+        }
+    }
+};
+
+template <class T> alignas(32) static constexpr chunk_order<T> order;
+
+inline __m256i load_32(const void * p) { return _mm256_loadu_si256((const __m256i *) p); }
+
+// the activations of one column in that order
+struct act_chunk {
+    __m256i q[4];
+#if defined(__AVXVNNI__)
+    __m256i corr[2]; // one of the two lanes of a group
+#else
+    __m256i abs[4];
+#endif
+    __m256  d;
+
+    void load(const act_view & act, int64_t i, int64_t k) {
+        const bool two = k - i >= CHUNK;
+        for (int h = 0; h < 2; ++h) {
+            const __m256i x = load_32(act.q + i + 32*h);
+            const __m256i y = load_32(act.q + i + 32*h + 64);
+            q[2*h + 0] = _mm256_unpacklo_epi64(x, y);
+            q[2*h + 1] = _mm256_unpackhi_epi64(x, y);
+        }
+        const __m128 scales = two ? _mm_loadu_ps(act.d + i/32) : _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *) (act.d + i/32)));
+        d = _mm256_set_m128(_mm_permute_ps(scales, 0xD8), _mm_permute_ps(scales, 0xD8));
+#if defined(__AVXVNNI__)
+        const __m256i c = two ? load_32(act.corr + i/16) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *) (act.corr + i/16)));
+        corr[0] = _mm256_blend_epi32(_mm256_setzero_si256(), _mm256_permutevar8x32_epi32(c, _mm256_setr_epi32(0, 0, 4, 0, 1, 0, 5, 0)), 0x55);
+        corr[1] = _mm256_blend_epi32(_mm256_setzero_si256(), _mm256_permutevar8x32_epi32(c, _mm256_setr_epi32(2, 0, 6, 0, 3, 0, 7, 0)), 0x55);
+#else
+        for (int j = 0; j < 4; ++j) {
+            abs[j] = _mm256_abs_epi8(q[j]);
+        }
+#endif
+    }
+};
+
+// the weights of one row in that order
+template <class T>
+struct weight_chunk {
+    __m256i levels[4];
+    __m256  scale; // f(code): the caller multiplies its sum by the tensor's d
+
+    weight_chunk(const levels_table & t, const uint8_t * chunk) {
+        int32_t header[2];
+        memcpy(&header[0], chunk + T::header(0), 4);
+        memcpy(&header[1], chunk + T::header(1), 4);
+        const __m256i headers = _mm256_blend_epi32(_mm256_set1_epi32(header[0]), _mm256_set1_epi32(header[1]), 0xAA);
+
+        const __m256i x  = load_32(chunk + T::qs(0));
+        const __m256i y  = load_32(chunk + T::qs(1));
+        const __m256i q0 = _mm256_unpacklo_epi64(x, y);
+        const __m256i q1 = _mm256_unpackhi_epi64(x, y);
+        const __m256i top = _mm256_sllv_epi32(headers, _mm256_load_si256((const __m256i *) order<T>.selector));
+        const __m256i lo  = _mm256_shuffle_epi8(top, _mm256_set_epi64x(0x0707070707070707, 0x0303030303030303, 0x0707070707070707, 0x0303030303030303));
+        const __m256i hi  = _mm256_shuffle_epi8(top, _mm256_set_epi64x(0x0F0F0F0F0F0F0F0F, 0x0B0B0B0B0B0B0B0B, 0x0F0F0F0F0F0F0F0F, 0x0B0B0B0B0B0B0B0B));
+        levels[0] = look_up(t, q0, lo);
+        levels[1] = look_up(t, q1, lo);
+        levels[2] = look_up(t, _mm256_srli_epi16(q0, 4), hi);
+        levels[3] = look_up(t, _mm256_srli_epi16(q1, 4), hi);
+
+        const __m256i codes = _mm256_and_si256(_mm256_srlv_epi32(headers, _mm256_load_si256((const __m256i *) order<T>.code)), _mm256_set1_epi32(T::n_codes - 1));
+        const __m256i bits  = _mm256_add_epi32(_mm256_slli_epi32(codes, 23 - t.m), _mm256_set1_epi32(0x3F800000)); // see aaac_scale_factor
+        scale = _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpeq_epi32(codes, _mm256_setzero_si256()), bits));
+    }
+
+    // the selector is the top bit of each byte, which is what the blend looks at
+    static __m256i look_up(const levels_table & t, __m256i q, __m256i selectors) {
+        const __m256i idx = _mm256_and_si256(q, _mm256_set1_epi8(0x0F));
+        return _mm256_blendv_epi8(_mm256_shuffle_epi8(t.book[0], idx), _mm256_shuffle_epi8(t.book[1], idx), selectors);
+    }
+};
+
+// 4 sums of 4 in each 128-bit part: levels i, i + 1 times activations
+template <class T>
+__m256i dot_pair(const weight_chunk<T> & w, const act_chunk & a, int i) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(a.corr[i/2], w.levels[i], a.q[i]), w.levels[i + 1], a.q[i + 1]);
+#else
+    // |a| * sign(w, a): at most 2*127*127 < 2^15
+    const __m256i one = _mm256_set1_epi16(1);
+    const __m256i p0  = _mm256_maddubs_epi16(a.abs[i],     _mm256_sign_epi8(w.levels[i],     a.q[i]));
+    const __m256i p1  = _mm256_maddubs_epi16(a.abs[i + 1], _mm256_sign_epi8(w.levels[i + 1], a.q[i + 1]));
+    return _mm256_add_epi32(_mm256_madd_epi16(p0, one), _mm256_madd_epi16(p1, one));
+#endif
+}
+
+// sums of the products of each group, times their scales
+template <class T>
+__m256 multiply(const weight_chunk<T> & w, const act_chunk & a, __m256 sum) {
+    const __m256 p0   = _mm256_castsi256_ps(dot_pair(w, a, 0));
+    const __m256 p1   = _mm256_castsi256_ps(dot_pair(w, a, 2));
+    const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(p0, p1, 0x88));
+    const __m256i odd  = _mm256_castps_si256(_mm256_shuffle_ps(p0, p1, 0xDD));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)), _mm256_mul_ps(w.scale, a.d), sum);
+}
+
+inline float reduce_add(vec_f x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
-}
-
-// one row times one column
-template <class T>
-float dot_row(const levels_table & t, const float * scales, const typename T::block * row, int64_t k, const act_view & act) {
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t ib = 0; ib < k/T::size; ++ib) {
-        for (int run = 0; run < T::size/AAAC_RUN_SIZE; ++run) {
-            __m256i w[2];
-            run_levels(t, row[ib].qs + 32*run, T::selectors(row[ib], run), &w[0], &w[1]);
-            for (int h = 0; h < 2; ++h) {
-                const int     at = run*AAAC_RUN_SIZE + 32*h;
-                const int64_t i  = ib*T::size + at;
-                const float   d  = act.d[i/32];
-                const float   s0 = d*scales[T::code(row[ib], at)];
-                const float   s1 = d*scales[T::code(row[ib], at + 16)];
-                // the correction is for 16 weights and would come 4 times
-                const __m256i c  = LEVEL_OFFSET ? _mm256_set_m128i(_mm_set1_epi32(act.corr[i/16 + 1]/4), _mm_set1_epi32(act.corr[i/16]/4)) : _mm256_setzero_si256();
-                const __m256i p  = dot4_vec(c, w[h], _mm256_loadu_si256((const __m256i *) (act.q + i)));
-                sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(p), _mm256_set_m128(_mm_set1_ps(s1), _mm_set1_ps(s0)), sum);
-            }
-        }
-    }
-    return reduce_add(sum);
 }
 
 inline vec_w w_load(const uint8_t * p)                   { return _mm256_loadu_si256((const __m256i *) p); }
@@ -125,3 +223,5 @@ inline vec_i dot4(vec_i acc, vec_w w, const int8_t * a) {
 }
 
 } // namespace aaac
+
+#include "kernels-dot-x86.h"

@@ -9,6 +9,10 @@ namespace aaac {
 
 constexpr int TILE_ROWS    = 16;
 constexpr int TILE_COLS    = 16;
+constexpr int DOT_ROWS     = 4;
+constexpr int DOT_COLS     = 4;
+constexpr int MAX_DOT_COLS = 16;
+constexpr int CHUNK        = 256; // weights of a row that dot_rows takes at once
 constexpr int LEVEL_OFFSET = 128;
 
 using vec_i = __m512i;
@@ -17,11 +21,16 @@ using vec_w = __m512i;
 
 struct levels_table {
     __m512i book[2]; // one codebook in each 128-bit lane, for vpshufb
-    explicit levels_table(const aaac_params * p) {
+    __m512i both;    // the two codebooks one after the other, twice, for vpermb
+    float   d;
+    int     m;
+
+    explicit levels_table(const aaac_params * p) : d(p->d), m(p->m) {
         for (int i = 0; i < 2; ++i) {
             const __m128i levels = _mm_loadu_si128((const __m128i *) p->codebooks[i]);
             book[i] = _mm512_broadcast_i32x4(_mm_xor_si128(levels, _mm_set1_epi8((char) 0x80))); // + 128
         }
+        both = _mm512_mask_blend_epi64(0xCC, book[0], book[1]);
     }
 };
 
@@ -57,42 +66,130 @@ inline float quantize_block(const float * x, int8_t * q) {
     return d;
 }
 
-// Sums of 16 of the 4 runs p[0..3], each given as 16 sums of 4: lane 4*g + r holds group g of run r.
-// One conversion to float and one multiply-add then serve 256 weights, and the integer sums stay exact.
-inline __m512i group_sums(const __m512i * p) {
-    const __m512i p01 = _mm512_add_epi32(_mm512_unpacklo_epi32(p[0], p[1]), _mm512_unpackhi_epi32(p[0], p[1]));
-    const __m512i p23 = _mm512_add_epi32(_mm512_unpacklo_epi32(p[2], p[3]), _mm512_unpackhi_epi32(p[2], p[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(p01, p23), _mm512_unpackhi_epi64(p01, p23));
-}
+//
+// dot_rows, 256 weights (4 runs) at a time
+//
+// The index bytes of the 4 runs are interleaved so that a lane of 4 levels meets activations of one group only, twice over:
+//
+//     128-bit part j of p[0] | run j/2, group j%2 | run j/2 + 2, group j%2 |      p[1]: groups 2 + j%2
+//                            |  2 lanes           |  2 lanes               |
+//
+// One addition of neighbours then gives the exact integer sums of all 16 groups in one vector, and scales and activations are brought to
+// that order: lane 4*j + e is run j/2 + 2*(e%2), group j%2 + 2*(e/2).
 
-// one row times one column
 template <class T>
-float dot_row(const levels_table & t, const float * scales, const typename T::block * row, int64_t k, const act_view & act) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < k; i += 4*AAAC_RUN_SIZE) {
-        const int n_runs = (int) ((k - i)/AAAC_RUN_SIZE < 4 ? (k - i)/AAAC_RUN_SIZE : 4);
-        alignas(64) float   scale[16] = {};
-        alignas(64) int32_t corr [16] = {};
-        __m512i p[4];
-        for (int r = 0; r < 4; ++r) {
-            if (r >= n_runs) {
-                p[r] = _mm512_setzero_si512();
-                continue;
-            }
-            const int64_t ir = i + r*AAAC_RUN_SIZE;
-            const auto & b   = row[ir/T::size];
-            const int    at  = (int) (ir % T::size);
-            p[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), run_levels(t, b.qs + at/2, T::selectors(b, at/AAAC_RUN_SIZE)), _mm512_loadu_si512(act.q + ir));
-            for (int g = 0; g < 4; ++g) {
-                scale[4*g + r] = scales[T::code(b, at + 16*g)]*act.d[ir/ACT_BLOCK + g/2];
-                corr [4*g + r] = act.corr[ir/16 + g];
-            }
+struct chunk_order {
+    int32_t header[16];    // the 4 bytes with the header of the lane's run: index into 16 of the first 2 runs and 16 of the last 2
+    int32_t code[16];      // first bit of the lane's scale code in those bytes
+    uint8_t selector[2][64]; // per byte of p[0], p[1]: where its selector is in the 64 bits of headers beside it
+
+    // bits before the header of a run in its 4 bytes
+    static constexpr int shift(int run) { return T::header(run % 2) % 4*8; }
+
+    constexpr chunk_order() : header(), code(), selector() {
+        for (int lane = 0; lane < 16; ++lane) {
+            const int run = lane/8 + 2*(lane % 2), group = lane/4 % 2 + lane % 4/2*2;
+            header[lane]  = T::header(run % 2)/4 + 16*(run/2);
+            code[lane]    = shift(run) + T::code_bit(group);
         }
-        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(group_sums(p), _mm512_load_si512(corr))), _mm512_load_ps(scale), sum);
+        for (int i = 0; i < 2*64; ++i) {
+            const int run = i % 64/32 + i % 16/8*2, group = i % 32/16 + i/64*2;
+            selector[i/64][i % 64] = (uint8_t) (run/2*32 + shift(run) + T::selector_bit(run % 2, group));
+        }
     }
-    return _mm512_reduce_add_ps(sum);
+};
+
+template <class T> alignas(64) static constexpr chunk_order<T> order;
+
+// the activations of one column in that order
+struct act_chunk {
+    __m512i q[4];
+    __m512i corr[2]; // one of the two lanes of a group
+    __m512  d;
+
+    void load(const act_view & act, int64_t i, int64_t k) {
+        const int8_t * a = act.q + i;
+        for (int h = 0; h < 2; ++h) {
+            const __m512i x = load_halves(a + 32*h,       a + 32*h + 64);
+            const __m512i y = load_halves(a + 32*h + 128, a + 32*h + 192);
+            q[2*h + 0] = _mm512_unpacklo_epi64(x, y);
+            q[2*h + 1] = _mm512_unpackhi_epi64(x, y);
+        }
+        const int n = (int) (k - i < 256 ? k - i : 256);
+        const __m512i c = _mm512_maskz_loadu_epi32((__mmask16) ((1u << n/16) - 1), act.corr + i/16);
+        corr[0] = _mm512_maskz_permutexvar_epi32(0x5555, _mm512_setr_epi32(0, 0,  8, 0, 1, 0,  9, 0, 4, 0, 12, 0, 5, 0, 13, 0), c);
+        corr[1] = _mm512_maskz_permutexvar_epi32(0x5555, _mm512_setr_epi32(2, 0, 10, 0, 3, 0, 11, 0, 6, 0, 14, 0, 7, 0, 15, 0), c);
+        d = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5, 2, 6, 3, 7, 2, 6, 3, 7),
+                                  _mm512_maskz_loadu_ps((__mmask16) ((1u << n/32) - 1), act.d + i/32));
+    }
+
+    static __m512i load_halves(const void * a, const void * b) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) a)), _mm256_loadu_si256((const __m256i *) b), 1);
+    }
+};
+
+// the weights of one row in that order
+template <class T>
+struct weight_chunk {
+    __m512i levels[4];
+    __m512  scale; // f(code): the caller multiplies its sum by the tensor's d
+
+    weight_chunk(const levels_table & t, const uint8_t * chunk) {
+        constexpr int half = (int) row_bytes<T>(CHUNK)/2;
+        const __m512i headers = _mm512_permutex2var_epi32(_mm512_loadu_si512(chunk), _mm512_load_si512(order<T>.header), _mm512_loadu_si512(chunk + half));
+
+        const uint8_t * qs = chunk + T::qs(0);
+        const __m512i x  = act_chunk::load_halves(qs,        qs        + T::qs(1) - T::qs(0));
+        const __m512i y  = act_chunk::load_halves(qs + half, qs + half + T::qs(1) - T::qs(0));
+        const __m512i q0 = _mm512_unpacklo_epi64(x, y);
+        const __m512i q1 = _mm512_unpackhi_epi64(x, y);
+        const auto lo = selectors(headers, order<T>.selector[0]);
+        const auto hi = selectors(headers, order<T>.selector[1]);
+        levels[0] = look_up(t, q0, lo);
+        levels[1] = look_up(t, q1, lo);
+        levels[2] = look_up(t, _mm512_srli_epi16(q0, 4), hi);
+        levels[3] = look_up(t, _mm512_srli_epi16(q1, 4), hi);
+
+        // a rotation puts the code where aaac_scale_factor shifts it to
+        const __m512i codes = _mm512_rolv_epi32(headers, _mm512_sub_epi32(_mm512_set1_epi32(23 - t.m), _mm512_load_si512(order<T>.code)));
+        const __m512i mask  = _mm512_set1_epi32((T::n_codes - 1) << (23 - t.m));
+        scale = _mm512_castsi512_ps(_mm512_maskz_add_epi32(_mm512_test_epi32_mask(codes, mask), _mm512_and_si512(codes, mask), _mm512_set1_epi32(0x3F800000)));
+    }
+
+#if defined(__AVX512VBMI__)
+    // selectors as bit 4 of the index; the bits above it are noise that the table's copies make harmless
+    static __m512i selectors(__m512i headers, const uint8_t * bits) {
+        return _mm512_multishift_epi64_epi8(_mm512_sub_epi8(_mm512_load_si512(bits), _mm512_set1_epi8(4)), headers);
+    }
+    static __m512i look_up(const levels_table & t, __m512i q, __m512i selectors) {
+        return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(q, selectors, _mm512_set1_epi8(0x0F), 0xE4), t.both); // 0x0F ? q : selectors
+    }
+#else
+    static __mmask64 selectors(__m512i headers, const uint8_t * bits) {
+        const __m512i at   = _mm512_load_si512(bits);
+        const __m512i byte = _mm512_and_si512(_mm512_srli_epi16(at, 3), _mm512_set1_epi8(7));
+        const __m512i bit  = _mm512_shuffle_epi8(_mm512_set1_epi64((long long) 0x8040201008040201), _mm512_and_si512(at, _mm512_set1_epi8(7)));
+        return _mm512_test_epi8_mask(_mm512_shuffle_epi8(headers, byte), bit);
+    }
+    static __m512i look_up(const levels_table & t, __m512i q, __mmask64 selectors) {
+        const __m512i idx = _mm512_and_si512(q, _mm512_set1_epi8(0x0F));
+        return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.book[0], idx), selectors, t.book[1], idx);
+    }
+#endif
+};
+
+// sums of the products of each group, times their scales
+template <class T>
+__m512 multiply(const weight_chunk<T> & w, const act_chunk & a, __m512 sum) {
+    const __m512i p0 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.corr[0], w.levels[0], a.q[0]), w.levels[1], a.q[1]);
+    const __m512i p1 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.corr[1], w.levels[2], a.q[2]), w.levels[3], a.q[3]);
+    const __m512 even = _mm512_shuffle_ps(_mm512_castsi512_ps(p0), _mm512_castsi512_ps(p1), 0x88);
+    const __m512 odd  = _mm512_shuffle_ps(_mm512_castsi512_ps(p0), _mm512_castsi512_ps(p1), 0xDD);
+    const __m512i p = _mm512_add_epi32(_mm512_castps_si512(even), _mm512_castps_si512(odd));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(p), _mm512_mul_ps(w.scale, a.d), sum);
 }
 
+inline float reduce_add(vec_f x)                         { return _mm512_reduce_add_ps(x); }
 inline vec_w w_load(const uint8_t * p)                   { return _mm512_loadu_si512(p); }
 inline vec_f f_load(const float * p)                     { return _mm512_loadu_ps(p); }
 inline void  f_store(float * p, vec_f x)                 { _mm512_storeu_ps(p, x); }
@@ -110,3 +207,5 @@ inline vec_i dot4(vec_i acc, vec_w w, const int8_t * a) {
 }
 
 } // namespace aaac
+
+#include "kernels-dot-x86.h"

@@ -6,6 +6,9 @@ namespace aaac {
 
 constexpr int TILE_ROWS    = 4;
 constexpr int TILE_COLS    = 4;
+constexpr int DOT_ROWS     = 1;
+constexpr int DOT_COLS     = 4;
+constexpr int MAX_DOT_COLS = 4;
 constexpr int LEVEL_OFFSET = 0; // added to the int8 levels of a tile where the dot product wants unsigned weights
 
 struct vec_i { int32_t v[TILE_ROWS]; };
@@ -36,10 +39,12 @@ inline float quantize_block(const float * x, int8_t * q) {
     return d;
 }
 
-// one row times one column
-template <class T>
-float dot_row(const levels_table & t, const float * scales, const typename T::block * row, int64_t k, const act_view & act) {
-    float sum = 0.0f;
+// one row times C columns: out[c][0]
+template <class T, int R, int C>
+void dot_rows(const levels_table & t, const float * scales, const char * rows, size_t /* row_stride */, int64_t k, const act_view * acts, float * const * out) {
+    static_assert(R == 1, "one row at a time");
+    const auto * row = (const typename T::block *) rows;
+    float sum[C] = {};
     for (int64_t ib = 0; ib < k/T::size; ++ib) {
         for (int run = 0; run < T::size/AAAC_RUN_SIZE; ++run) {
             uint8_t w[AAAC_RUN_SIZE];
@@ -47,15 +52,19 @@ float dot_row(const levels_table & t, const float * scales, const typename T::bl
             for (int j = 0; j < AAAC_RUN_SIZE; j += 16) {
                 const int     at = run*AAAC_RUN_SIZE + j;
                 const int64_t i  = ib*T::size + at;
-                int32_t p = 0;
-                for (int l = 0; l < 16; ++l) {
-                    p += (int8_t) w[j + l]*act.q[i + l];
+                for (int c = 0; c < C; ++c) {
+                    int32_t p = 0;
+                    for (int l = 0; l < 16; ++l) {
+                        p += (int8_t) w[j + l]*acts[c].q[i + l];
+                    }
+                    sum[c] += acts[c].d[i/32]*scales[T::code(row[ib], at)]*p;
                 }
-                sum += act.d[i/32]*scales[T::code(row[ib], at)]*p;
             }
         }
     }
-    return sum;
+    for (int c = 0; c < C; ++c) {
+        out[c][0] = sum[c];
+    }
 }
 
 #define AAAC_LANES for (int r = 0; r < TILE_ROWS; ++r)

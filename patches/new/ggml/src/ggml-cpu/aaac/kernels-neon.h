@@ -8,6 +8,9 @@ namespace aaac {
 
 constexpr int TILE_ROWS    = 4;
 constexpr int TILE_COLS    = 8;
+constexpr int DOT_ROWS     = 1;
+constexpr int DOT_COLS     = 4;
+constexpr int MAX_DOT_COLS = 4;
 constexpr int LEVEL_OFFSET = 0;
 
 using vec_i = int32x4_t;
@@ -59,23 +62,33 @@ inline float quantize_block(const float * x, int8_t * q) {
     return d;
 }
 
-// one row times one column
-template <class T>
-float dot_row(const levels_table & t, const float * scales, const typename T::block * row, int64_t k, const act_view & act) {
-    float32x4_t sum = vdupq_n_f32(0.0f);
+// one row times C columns: out[c][0]
+template <class T, int R, int C>
+void dot_rows(const levels_table & t, const float * scales, const char * rows, size_t /* row_stride */, int64_t k, const act_view * acts, float * const * out) {
+    static_assert(R == 1, "one row at a time");
+    const auto * row = (const typename T::block *) rows;
+    float32x4_t sum[C];
+    for (int c = 0; c < C; ++c) {
+        sum[c] = vdupq_n_f32(0.0f);
+    }
     for (int64_t ib = 0; ib < k/T::size; ++ib) {
         for (int run = 0; run < T::size/AAAC_RUN_SIZE; ++run) {
             int8x16_t w[4];
             run_levels(t, row[ib].qs + 32*run, T::selectors(row[ib], run), w);
             for (int j = 0; j < 4; ++j) {
-                const int       at = run*AAAC_RUN_SIZE + 16*j;
-                const int64_t   i  = ib*T::size + at;
-                const int32x4_t p  = vdotq_s32(vdupq_n_s32(0), w[j], vld1q_s8(act.q + i));
-                sum = vfmaq_n_f32(sum, vcvtq_f32_s32(p), act.d[i/32]*scales[T::code(row[ib], at)]);
+                const int     at = run*AAAC_RUN_SIZE + 16*j;
+                const int64_t i  = ib*T::size + at;
+                const float   s  = scales[T::code(row[ib], at)];
+                for (int c = 0; c < C; ++c) {
+                    const int32x4_t p = vdotq_s32(vdupq_n_s32(0), w[j], vld1q_s8(acts[c].q + i));
+                    sum[c] = vfmaq_n_f32(sum[c], vcvtq_f32_s32(p), acts[c].d[i/32]*s);
+                }
             }
         }
     }
-    return vaddvq_f32(sum);
+    for (int c = 0; c < C; ++c) {
+        out[c][0] = vaddvq_f32(sum[c]);
+    }
 }
 
 inline vec_w w_load(const uint8_t * p)                   { return vld1q_s8((const int8_t *) p); }

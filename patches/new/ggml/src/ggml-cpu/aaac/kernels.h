@@ -3,7 +3,7 @@
 // Products of AAAC weights with activations that are quantized to 8 bits once per operation.
 //
 // Two ways through the weights:
-//   few columns   every row is decoded in registers and multiplied at once (dot_rows)
+//   few columns   rows are decoded in registers and multiplied at once, DOT_ROWS rows by DOT_COLS columns (dot_rows, mul_rows)
 //   many columns  a tile of rows is decoded once into int8, interleaved so that a vector holds 4 weights of each row, and then multiplied by all
 //                 columns (decode_tile, mul_tile): the group scales are applied to one float per row and group, not to one per 4 weights
 //
@@ -34,10 +34,18 @@ namespace aaac {
 constexpr int ACT_BLOCK = 32; // activations per scale, as in Q8_0
 
 // The three types behind one interface. A run is 64 weights: 32 index bytes and 4 selectors.
+//   header(r), qs(r)       byte offset of the header and of the index bytes of a pair's run r (0, 1), from the start of the first run's block
+//   code_bit(j)            first bit in the header of the scale code of the run's weights 16j .. 16j+15
+//   selector_bit(r, j)     bit in the header of their selector
 struct g16 {
     using block = block_aaac4_g16;
     static constexpr int group = 16;
     static constexpr int size  = QK_AAAC4_G16;
+    static constexpr int n_codes = 128;
+    static constexpr int header(int r) { return 36*r; }
+    static constexpr int qs(int r) { return 36*r + 4; }
+    static constexpr int code_bit(int j) { return 8*j; }
+    static constexpr int selector_bit(int, int j) { return 8*j + 7; }
     static int code(const block & b, int i) { return aaac4_g16_code(&b, i); }
     static uint32_t selectors(const block & b, int) {
         uint32_t s;
@@ -51,6 +59,11 @@ struct g32 {
     using block = block_aaac4_g32;
     static constexpr int group = 32;
     static constexpr int size  = QK_AAAC4_G32;
+    static constexpr int n_codes = 64;
+    static constexpr int header(int r) { return 34*r; }
+    static constexpr int qs(int r) { return 34*r + 2; }
+    static constexpr int code_bit(int j) { return j/2*8; }
+    static constexpr int selector_bit(int, int j) { return j/2*8 + 6 + j % 2; }
     static int code(const block & b, int i) { return aaac4_g32_code(&b, i); }
     static uint32_t selectors(const block & b, int) { return (b.s[0] >> 6) | (b.s[1] >> 6) << 2; }
 };
@@ -59,9 +72,20 @@ struct g128 {
     using block = block_aaac4_g128;
     static constexpr int group = 128;
     static constexpr int size  = QK_AAAC4_G128;
+    static constexpr int n_codes = 128;
+    static constexpr int header(int) { return 0; }
+    static constexpr int qs(int r) { return 32*r + 2; }
+    static constexpr int code_bit(int) { return 0; }
+    static constexpr int selector_bit(int r, int j) { return 8 + 4*r + j; }
     static int code(const block & b, int i) { return aaac4_g128_code(&b, i); }
     static uint32_t selectors(const block & b, int run) { return b.sel >> 4*run & 15; }
 };
+
+// bytes of n weights
+template <class T>
+constexpr size_t row_bytes(int64_t n) {
+    return n/T::size*sizeof(typename T::block);
+}
 
 // One column of k quantized activations in memory.
 //   q     int8  [k]      rounded to nearest, in [-127, 127]
@@ -80,8 +104,9 @@ struct act_view {
     }
 };
 
+// with room for the loads of dot_rows, which reach past the end of q to a multiple of CHUNK
 inline size_t act_size(int64_t k) {
-    return (k + k/ACT_BLOCK*sizeof(float) + k/16*sizeof(int32_t) + 63)/64*64;
+    return (k + k/ACT_BLOCK*sizeof(float) + k/16*sizeof(int32_t) + 192 + 63)/64*64;
 }
 
 } // namespace aaac
@@ -126,6 +151,39 @@ inline void quantize_act(const float * x, void * data, int64_t k, int64_t from, 
             }
             corr[(i + j)/16] = -LEVEL_OFFSET*sum;
         }
+    }
+}
+
+// n_rows rows times C columns: out[c][0 .. n_rows)
+template <class T, int C>
+void mul_rows_cols(const weights & w, const char * rows, size_t row_stride, int n_rows, int64_t k, const act_view * acts, float * const * out) {
+    float * at[C];
+    for (int r = 0; r < n_rows;) {
+        for (int c = 0; c < C; ++c) {
+            at[c] = out[c] + r;
+        }
+        if (r + DOT_ROWS <= n_rows) {
+            dot_rows<T, DOT_ROWS, C>(w.levels, w.scales, rows + r*row_stride, row_stride, k, acts, at);
+            r += DOT_ROWS;
+        } else {
+            dot_rows<T, 1, C>(w.levels, w.scales, rows + r*row_stride, row_stride, k, acts, at);
+            r += 1;
+        }
+    }
+}
+
+// few columns
+template <class T>
+void mul_rows(const weights & w, const char * rows, size_t row_stride, int n_rows, int64_t k, const act_view * acts, int n_cols, float * const * out) {
+    static_assert(DOT_COLS == 4, "one case for each rest");
+    int c = 0;
+    for (; c + DOT_COLS <= n_cols; c += DOT_COLS) {
+        mul_rows_cols<T, DOT_COLS>(w, rows, row_stride, n_rows, k, acts + c, out + c);
+    }
+    switch (n_cols - c) {
+        case 3: mul_rows_cols<T, 3>(w, rows, row_stride, n_rows, k, acts + c, out + c); break;
+        case 2: mul_rows_cols<T, 2>(w, rows, row_stride, n_rows, k, acts + c, out + c); break;
+        case 1: mul_rows_cols<T, 1>(w, rows, row_stride, n_rows, k, acts + c, out + c); break;
     }
 }
 

@@ -1,0 +1,54 @@
+#pragma once
+
+// R rows times C columns for AVX2 and AVX-512, whose headers supply what goes on in a chunk: act_chunk, weight_chunk, multiply.
+
+namespace aaac {
+
+constexpr int PREFETCH_ROWS = 8; // how far the prefetch runs ahead, measured with rows of 2048 and of 8192 weights
+
+// out[c][r]
+template <class T, int R, int C>
+void dot_rows(const levels_table & t, const float * /* the scales are computed from their codes */, const char * rows, size_t row_stride, int64_t k,
+              const act_view * acts, float * const * out) {
+    constexpr int n_bytes = (int) row_bytes<T>(CHUNK);
+    vec_f sum[C][R];
+    for (int c = 0; c < C; ++c) {
+        for (int r = 0; r < R; ++r) {
+            sum[c][r] = f_zero();
+        }
+    }
+    // R rows at once look like no stream to the processor: ask for later rows, in the order of their addresses
+    const char * ahead = rows + PREFETCH_ROWS*row_stride;
+    char tail[R*n_bytes] = {};
+    for (int64_t i = 0; i < k; i += CHUNK, rows += n_bytes) {
+        if (k - i < CHUNK) {
+            // the end of each row, filled up with blocks whose scale code is zero
+            for (int r = 0; r < R; ++r) {
+                memcpy(tail + r*n_bytes, rows + r*row_stride, row_bytes<T>(k - i));
+            }
+            rows       = tail;
+            row_stride = n_bytes;
+        }
+        act_chunk a[C];
+        for (int c = 0; c < C; ++c) {
+            a[c].load(acts[c], i, k);
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int b = 0; b < n_bytes; b += 64) {
+                _mm_prefetch(ahead + b, _MM_HINT_T0);
+            }
+            ahead += n_bytes;
+            const weight_chunk<T> w(t, (const uint8_t *) rows + r*row_stride);
+            for (int c = 0; c < C; ++c) {
+                sum[c][r] = multiply(w, a[c], sum[c][r]);
+            }
+        }
+    }
+    for (int c = 0; c < C; ++c) {
+        for (int r = 0; r < R; ++r) {
+            out[c][r] = reduce_add(sum[c][r])*t.d;
+        }
+    }
+}
+
+} // namespace aaac
