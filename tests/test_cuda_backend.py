@@ -24,7 +24,6 @@ from test_llama_ops import (  # noqa: F401, collected here as well, with the run
     test_views_keep_the_codebooks,
 )
 
-from aaac_gguf import llama
 from aaac_gguf.format import decode
 from aaac_gguf.llama import shipped
 
@@ -53,7 +52,7 @@ def program(request, patched, llama_source, tmp_path_factory):
     source.write_text(host_source())
     ours = [tests, tests / "cuda_mock", new / "ggml/src/ggml-cuda", new / "tests", shipped("cuda_kernels")]
     include = [*ours, llama_source / "ggml/include", llama_source / "ggml/src"]
-    libraries = [llama.source_dir() / "build/ggml/src" / f"lib{name}.a" for name in ("ggml-cpu", "ggml-base")]
+    libraries = [patched.parent / "ggml/src" / f"lib{name}.a" for name in ("ggml-cpu", "ggml-base")]
     flags = ["-std=c++17", "-O1", "-w", f'-DAAAC_CUDA_FILES="{source}"', *(f"-I{path}" for path in include)]
     command = ["g++", *flags, tests / "cuda_backend_host.cpp", "-o", folder / "test-aaac-cuda", *libraries, "-fopenmp", "-lpthread", "-ldl", "-lm"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -180,6 +180,9 @@ def test_compute_sanitizer(cp, tool):
 #
 
 
+CUDA, CPU = ("-ngl", 99), ("--device", "none")  # without layers on the GPU, prompts would still be computed there
+
+
 @pytest.fixture(scope="module")
 def cuda_bin():
     folder = os.environ.get("AAAC_CUDA_BIN")
@@ -219,21 +222,21 @@ def read_type(name):
 
 @pytest.mark.llama
 def test_perplexity_is_that_of_the_cpu(cuda_bin, model):
-    def perplexity(layers):
-        out = "".join(run_tool(cuda_bin, "llama-perplexity", "-m", model, "-f", demo.SAMPLE_TEXT, "-c", 256, "-ngl", layers))
+    def perplexity(*device):
+        out = "".join(run_tool(cuda_bin, "llama-perplexity", "-m", model, "-f", demo.SAMPLE_TEXT, "-c", 256, *device))
         return float(re.search(r"Final estimate: PPL = ([\d.]+)", out)[1])
 
     # both round activations to 8 bits the same way for one column; prompts take float16 weights on CUDA and 8-bit activations on the CPU
-    assert abs(perplexity(99) / perplexity(0) - 1) < 0.005
+    assert abs(perplexity(*CUDA) / perplexity(*CPU) - 1) < 0.005
 
 
 @pytest.mark.llama
 def test_text_is_that_of_the_cpu(cuda_bin, model):
-    def text(layers):
-        args = ("-m", model, "-p", demo.PROMPT, "-n", 48, "--temp", 0, "-no-cnv", "--no-warmup", "-ngl", layers)
+    def text(*device):
+        args = ("-m", model, "-p", demo.PROMPT, "-n", 48, "--temp", 0, "-no-cnv", "--no-warmup", *device)
         return run_tool(cuda_bin, "llama-completion", *args)[0].strip()
 
-    cpu, cuda = text(0), text(99)
+    cpu, cuda = text(*CPU), text(*CUDA)
     # greedy choice may part ways at a near tie, but not at once
     same = next((i for i, (a, b) in enumerate(zip(cpu, cuda, strict=False)) if a != b), min(len(cpu), len(cuda)))
     assert same >= min(len(cpu), len(demo.PROMPT) + 40), (cpu, cuda)
