@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--source", type=Path, metavar="SRC", help="what the file was made from; without it only the structure is checked")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to compare logits on (default: the sample that ships with aaac-gguf)")
     p.add_argument("--imatrix", type=Path, metavar="FILE", help="weight tensor errors by this importance, where the source is a GGUF")
+    p.add_argument("--gpu", action="store_true", help="decode every tensor on the GPU as well (needs CuPy) and compare it to the bit")
     p.set_defaults(run=_verify)
 
     p = verbs.add_parser("dequantize", help="write the decoded weights as an ordinary GGUF that stock llama.cpp runs")
@@ -123,9 +124,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from . import demo, report, verify
+    from . import demo, gguf_io, kernels, report, verify
 
+    differences = kernels.compare_file(gguf_io.read(args.file)) if args.gpu else []
     result = verify.verify(args.file, args.source, args.text or demo.SAMPLE_TEXT, args.imatrix)
+    result.failures += differences
     print(report.verification_text(result))
     return 1 if result.failures else 0
 

@@ -90,7 +90,8 @@ def patch_files() -> dict[PurePosixPath, Path]:
     """Our new files by their place in llama.cpp's tree."""
     new = shipped("patches") / "new"
     files = {PurePosixPath(path.relative_to(new)): path for path in sorted(new.rglob("*")) if path.is_file()}
-    files[PurePosixPath("ggml/src/aaac_decode.cuh")] = shipped("cuda_kernels") / "aaac_decode.cuh"
+    for header in sorted(shipped("cuda_kernels").glob("*.cuh")):
+        files[PurePosixPath("ggml/src") / header.name] = header
     return files
 
 
