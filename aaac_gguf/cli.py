@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("convert", help="quantize a Hugging Face folder or a full-precision GGUF")
     p.add_argument("source", type=Path, metavar="SRC", help="Hugging Face model folder, or full-precision GGUF file")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
-    p.add_argument("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128, Q8_0, BF16, F16, F32")
+    p.add_argument("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128; "
+                   "Q4_0, IQ4_NL, Q8_0, which stock llama.cpp runs; BF16, F16, F32")  # fmt: skip
     p.add_argument("--embedding-type", default="Q6_K", metavar="TYPE", help="type of token_embd and output in a 4-bit file (default Q6_K)")
     p.add_argument(
         "--tensor-type",
@@ -107,9 +108,11 @@ def _convert(args: argparse.Namespace) -> None:
 
     if args.calib and args.imatrix:
         raise AaacError("--calib and --imatrix: give one of them")
-    calib = args.calib or ("none" if args.source.is_file() else "self")
+    ggml_type = plan.parse_type(args.type, "--type")
+    # Nobody waits for a calibration who only asked for 8 or 16 bits.
+    calib = args.calib or ("none" if args.source.is_file() or ggml_type in (*plan.PLAIN_TYPES, plan.T.Q8_0) else "self")
     settings = convert.Settings(
-        type=plan.parse_type(args.type, "--type"),
+        type=ggml_type,
         overrides=[plan.parse_override(text) for text in args.tensor_type],
         embedding=plan.parse_type(args.embedding_type, "--embedding-type"),
         calibration=convert.Calibration(calib, args.imatrix, args.calib_sequences, args.calib_length, args.seed),

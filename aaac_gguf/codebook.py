@@ -6,6 +6,7 @@ weight of every weight, and both return a codec that `Codec.check` accepts, what
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .format import MANTISSA_BITS, MAX_LEVEL, N_LEVELS, SELECTOR_SIZE, AaacType,
 
 # The start of `fit`: llama.cpp's IQ4_NL table and its mirror image. An asymmetric table spends its odd level on one side; the mirror image
 # lets each 16 weights choose the side.
-_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_IQ4_NL: tuple[int, ...] = gguf.quants.IQ4_NL.kvalues
 
 # The scale of a group may exceed "largest weight on the largest level"; the largest scale code must reach it.
 _SCALE_HEADROOM = 1.08

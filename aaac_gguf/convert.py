@@ -29,6 +29,7 @@ from .imatrix import Imatrix, read_imatrix, sha256
 from .kquants import quantize_q6_k
 from .plan import Override, TensorPlan, make_plan
 from .quantize import Method, quantize
+from .stock import STOCK_TYPES
 
 # general.file_type, what llama.cpp prints as the model's type. For AAAC types it is the type id, in the patch's llama_ftype too.
 FILE_TYPES = {
@@ -37,6 +38,8 @@ FILE_TYPES = {
     T.BF16: LlamaFileType.MOSTLY_BF16,
     T.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     T.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    T.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    T.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
     **{T[name]: qtype.type_id for name, qtype in fmt.TYPES.items()},
 }
 
@@ -119,14 +122,14 @@ def convert(source: Path, out: Path, settings: Settings) -> Report:
     # In the first seconds: everything that can be refused without reading the weights.
     with full_precision(source, out.parent, header_only=True) as header:
         plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
-        quantized = [p.name for p in plans if p.type in fmt.TYPES_BY_ID]
+        quantized = searched(plans)
         # Nothing to calibrate where nothing is quantized by importance.
         inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
     with full_precision(source, out.parent) as file:
         check_finite(file)
         imatrix, moments = measure(source, file, inputs, settings, quantized)
         metadata = output_metadata(file, settings, inputs, quantized)
-        codecs = dict.fromkeys(quantized, BLANK_CODEC)
+        codecs = blank_codecs(plans)
         reports: list[TensorReport] = []
         damped: list[str] = []
 
@@ -135,15 +138,20 @@ def convert(source: Path, out: Path, settings: Settings) -> Report:
             if plan.type == plan.source_type:
                 return np.ascontiguousarray(tensor.data)
             weight = load_weight(file, plan.name, settings.device)
-            if plan.type not in fmt.TYPES_BY_ID:
+            if plan.name not in quantized:
                 return encode_stock(weight, plan.type)
             entry = imatrix.entries.get(plan.name)
             importance = torch.from_numpy(entry.importance()).to(settings.device) if entry else None
             seen = moments.of(plan.name, weight) if moments else None
+            if plan.type in (T.Q8_0, T.Q4_0) and not seen:
+                # Importance changes next to nothing at 8 bits, and Q4_0's own rounding may turn a block's sign round, which the search does not.
+                return encode_stock(weight, plan.type)
             hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
-            qtype = fmt.TYPES_BY_ID[plan.type]
-            result = quantize(weight, qtype, importance, hessian, outputs, method=settings.method, seed=settings.calibration.seed)
-            codecs[plan.name] = result.codec
+            qtype = fmt.TYPES_BY_ID.get(plan.type) or STOCK_TYPES[plan.type]
+            method = settings.method if plan.type in fmt.TYPES_BY_ID else "aaac"
+            result = quantize(weight, qtype, importance, hessian, outputs, method=method, seed=settings.calibration.seed)
+            if result.codec:
+                codecs[plan.name] = result.codec
             if result.damping > DAMPING:
                 damped.append(plan.name)
             reports.append(TensorReport(plan, result.relative_error, result.weighted_error))
@@ -152,6 +160,15 @@ def convert(source: Path, out: Path, settings: Settings) -> Report:
         write_gguf(out, metadata, plans, encode, codecs)
     not_covered = imatrix.not_covered(quantized) if inputs.description["source"] != "none" else []
     return Report(out.stat().st_size, reports, not_covered, time.monotonic() - start, damped)
+
+
+def searched(plans: Sequence[TensorPlan]) -> list[str]:
+    """The tensors that are rounded by search, and so are worth calibrating for."""
+    return [p.name for p in plans if (p.type in fmt.TYPES_BY_ID or p.type in STOCK_TYPES) and p.type != p.source_type]
+
+
+def blank_codecs(plans: Sequence[TensorPlan]) -> dict[str, fmt.Codec]:
+    return {p.name: BLANK_CODEC for p in plans if p.type in fmt.TYPES_BY_ID}
 
 
 @dataclass(frozen=True)
@@ -281,10 +298,10 @@ def dry_run(source: Path, out: Path, settings: Settings) -> tuple[list[TensorPla
     check_output(out)
     with full_precision(source, out.parent, header_only=True) as header:
         plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
-        quantized = [p.name for p in plans if p.type in fmt.TYPES_BY_ID]
+        quantized = searched(plans)
         inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
         metadata = output_metadata(header, settings, inputs, quantized)
-        return plans, file_bytes(metadata, [p.info for p in plans], dict.fromkeys(quantized, BLANK_CODEC))
+        return plans, file_bytes(metadata, [p.info for p in plans], blank_codecs(plans))
 
 
 def file_bytes(metadata: Metadata, tensors: Sequence[TensorInfo], codecs: Mapping[str, fmt.Codec]) -> int:

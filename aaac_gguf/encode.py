@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .format import MAX_LEVEL, N_LEVELS, SELECTOR_SIZE, AaacType, Codec
+from .format import MAX_LEVEL, SELECTOR_SIZE, AaacType, Codec
 
 # Where the search starts, by group size, relative to the scale that maps a group's largest weight onto the largest level. Above 1 that weight meets
 # the second level from an end, or the shorter end of a codebook; below 1 it is clipped, which pays in large groups. Picked greedily on trained
@@ -38,7 +38,7 @@ def row_chunks(rows: Tensor) -> list[slice]:
 class Grid:
     """The values that one tensor can take, as tables on the device of the search.
 
-    levels         float32 [2, 16], ascending
+    levels         float32 [2, 16], ascending (any number of levels up to 256 for stock types)
     scales         float32 [n_scale_codes], S(i), with S(0) = 0
     nearest_index  uint8 [2 * cells], the nearest level's index for each codebook and cell
     nearest_level  float32 [2 * cells], the same level's value
@@ -79,7 +79,7 @@ CELLS = _CELLS
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the blocks of rows hold: indices uint8 [N, K], selectors uint8 [N, K / 16], scale_codes uint8 [N, K / group_size]."""
+    """What the blocks of rows hold: indices uint8 [N, K], selectors uint8 [N, K / 16], scale_codes int32 [N, K / group_size]."""
 
     indices: Tensor
     selectors: Tensor
@@ -90,7 +90,7 @@ def decode(encoded: Encoded, grid: Grid) -> Tensor:
     """Weights float32 [N, K]; bit for bit `format.decode`."""
     n_rows, n_per_row = encoded.indices.shape
     codebook = encoded.selectors.long().repeat_interleave(SELECTOR_SIZE, 1)
-    levels = grid.levels.reshape(-1)[codebook * N_LEVELS + encoded.indices.long()]
+    levels = grid.levels.reshape(-1)[codebook * grid.levels.shape[1] + encoded.indices.long()]
     scales = grid.scales[encoded.scale_codes.long()]
     return (scales[..., None] * levels.view(n_rows, scales.shape[1], -1)).view(n_rows, n_per_row)
 
@@ -160,7 +160,7 @@ def encode_absmax(weight: Tensor, error_weight: Tensor, grid: Grid, group_size: 
     code = grid.scale_codes(groups.w.abs().amax((1, 2)) / MAX_LEVEL)
     _, second, _ = groups.at_scale(grid.scales[code], grid)
     indices = nearest_indices(weight, code, second, grid)
-    return Encoded(indices, second.view(n_rows, -1).to(torch.uint8), code.view(n_rows, -1).to(torch.uint8))
+    return Encoded(indices, second.view(n_rows, -1).to(torch.uint8), code.view(n_rows, -1).to(torch.int32))
 
 
 def encode(weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int) -> Encoded:
@@ -171,4 +171,4 @@ def encode(weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int) ->
     n_rows = len(weight)
     code, second, _ = search(weight, error_weight, grid, group_size)
     indices = nearest_indices(weight, code, second, grid)
-    return Encoded(indices, second.view(n_rows, -1).to(torch.uint8), code.view(n_rows, -1).to(torch.uint8))
+    return Encoded(indices, second.view(n_rows, -1).to(torch.uint8), code.view(n_rows, -1).to(torch.int32))

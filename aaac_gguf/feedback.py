@@ -14,12 +14,13 @@ as columns are: what is left of a block of rows moves the rows behind it by the 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .encode import CELLS, CELLS_PER_UNIT, SCALE_STARTS, Encoded, Grid
-from .format import MAX_LEVEL, SELECTOR_SIZE, AaacType
+from .format import MAX_LEVEL, SELECTOR_SIZE
 
 DAMPING = 0.03  # of the mean of H's diagonal, added to the diagonal
 OUTPUT_DAMPING = 0.1  # the same for O, which fewer directions dominate
@@ -30,6 +31,13 @@ _ROW_BLOCKS = 16  # with O: rows of one block do not see each other's errors, 15
 
 # Without O rows are independent; on a CPU this many keep one group's candidates in the cache.
 _CHUNK_ROWS = {"cpu": 512}
+
+
+class Grouped(Protocol):
+    """What feedback asks of a tensor type."""
+
+    @property
+    def group_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,7 @@ class _Metrics:
         return _Metrics([_Metric(u) for u in free], [_Metric(u) for u in _inverse_root(fixed.double())[0].float()])
 
 
-def feedback(weight: Tensor, inputs: Factor, grid: Grid, qtype: AaacType, outputs: Tensor | None = None, sweeps: int = SWEEPS) -> Encoded:
+def feedback(weight: Tensor, inputs: Factor, grid: Grid, qtype: Grouped, outputs: Tensor | None = None, sweeps: int = SWEEPS) -> Encoded:
     """Encode `weight` float32 [N, K] for least error under `inputs`, the factored H, and `outputs`, O [N, N] as it was measured, if given."""
     n_rows = len(weight)
     metrics = _Metrics.of(inputs, qtype.group_size)
@@ -219,7 +227,7 @@ def _joined(parts: list[Encoded], order: Tensor | None = None) -> Encoded:
 class _Rows:
     """Some rows on their way to being encoded, all [K, N]: columns are what is read and written, so they are contiguous."""
 
-    def __init__(self, weight: Tensor, inputs: Factor, metrics: _Metrics, grid: Grid, qtype: AaacType):
+    def __init__(self, weight: Tensor, inputs: Factor, metrics: _Metrics, grid: Grid, qtype: Grouped):
         self.weight = weight.T.contiguous()
         self.h, self.u, self.metrics = inputs.hessian, inputs.u, metrics
         self.grid, self.size = grid, qtype.group_size
@@ -237,7 +245,8 @@ class _Rows:
         runs = self.level.view(-1, SELECTOR_SIZE, self.level.shape[1])
         # A level is a whole number of cells from every boundary between levels, so the table that found it names its index.
         indices = self.grid.nearest_index[self.grid.cells(runs) + self.second[:, None] * CELLS].view_as(self.level)
-        return Encoded(*(part.T.contiguous().to(torch.uint8) for part in (indices, self.second, self.code)))
+        parts = ((indices, torch.uint8), (self.second, torch.uint8), (self.code, torch.int32))
+        return Encoded(*(part.T.contiguous().to(dtype) for part, dtype in parts))
 
     def _write(self, group: slice, choice: _Choice) -> None:
         self.q[group] = self.grid.scales[choice.code] * choice.level

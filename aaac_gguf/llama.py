@@ -249,7 +249,7 @@ def _run_logged(command: Sequence[str | os.PathLike[str]], log: Path) -> None:
     """Run a build step with its output in `log` and a progress bar from ninja's [done/all]."""
     tail: deque[str] = deque(maxlen=30)
     with (
-        open(log, "a") as f,
+        open(log, "a", buffering=1) as f,
         tqdm(desc="building llama.cpp", unit="step", disable=None, leave=False) as bar,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process,
     ):

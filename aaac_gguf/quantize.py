@@ -15,6 +15,7 @@ from .codebook import fit, fit_paper
 from .encode import Encoded, Grid, decode, encode, encode_absmax, row_chunks
 from .feedback import factor, feedback, output_error
 from .format import MAX_LEVEL, AaacType, Codec, pack, scale_factors
+from .stock import StockType
 
 Method = Literal["aaac", "paper"]
 
@@ -29,14 +30,14 @@ class Quantized:
     """A tensor in the format.
 
     data             uint8 [..., row bytes], the outer dimensions of the weight
-    codec            its codebooks, scale base and mantissa bits
+    codec            its codebooks, scale base and mantissa bits; None for a stock type
     relative_error   sum (w - q)^2 / sum w^2
     weighted_error   the same under the importance, or tr(O (W - Q) H (W - Q)^T) / tr(O W H W^T) with a Hessian; O is 1 where no outputs are given
     damping          what the Hessian's diagonal took, relative to its mean, at most over the experts; 0 without a Hessian
     """
 
     data: NDArray[np.uint8]
-    codec: Codec
+    codec: Codec | None
     relative_error: float
     weighted_error: float
     damping: float
@@ -77,7 +78,7 @@ class _Source:
 
 def quantize(
     weight: Tensor,
-    qtype: AaacType,
+    qtype: AaacType | StockType,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
     outputs: Tensor | None = None,
@@ -91,14 +92,15 @@ def quantize(
     hessian: mean of x x^T, [K, K] or [E, K, K], taken instead of an importance: the weights are encoded with error feedback.
     outputs: [N, N], mean of g g^T of the gradient at the outputs, up to a factor, for feedback between rows as well; goes with a Hessian and a single
     matrix (ValueError).
-    method: "aaac", or "paper" for Algorithm 1 of the paper with absmax scales, which takes no Hessian (ValueError).
+    method: "aaac", or "paper" for Algorithm 1 of the paper with absmax scales, which takes no Hessian and makes AAAC types only (ValueError).
     Weights must be finite. The same seed gives the same bytes. Raises AaacError for rows that are not whole blocks.
     """
-    if method == "paper" and hessian is not None:
-        raise ValueError("the paper's method has no error feedback")
+    if method == "paper" and (hessian is not None or isinstance(qtype, StockType)):
+        raise ValueError("the paper's method has no error feedback and no stock types")
     if outputs is not None and (hessian is None or weight.dim() != 2):
         raise ValueError("outputs go with a Hessian and a single matrix")
-    n_bytes = qtype.row_bytes(weight.shape[-1])
+    if isinstance(qtype, AaacType):
+        qtype.row_bytes(weight.shape[-1])  # refuses ragged rows
     experts = weight.reshape(-1, *weight.shape[-2:])
     n_experts, n_rows, n_per_row = experts.shape
     largest = float(weight.abs().amax())
@@ -109,15 +111,14 @@ def quantize(
     importance = _normalised(importance, n_experts, n_per_row, weight.device)
     source = _Source(experts, importance, unit, by_magnitude=method == "aaac" and hessian is None)
 
-    generator = torch.Generator().manual_seed(seed)
-    if method == "paper":
-        codec = fit_paper(*source.groups(qtype.group_size, weight.numel(), generator), qtype, largest / unit, generator)
+    codec = None
+    if isinstance(qtype, StockType):
+        grid = qtype.grid(weight.device, unit)
     else:
-        codec = fit(*source.groups(qtype.group_size, _FIT_SAMPLE, generator), qtype, largest / unit)
-    codec = _in_range(codec, unit)
-    grid = Grid.of_codec(codec, qtype, weight.device, unit)
+        codec = _in_range(_fitted(source, qtype, largest / unit, method, seed), unit)
+        grid = Grid.of_codec(codec, qtype, weight.device, unit)
 
-    data = np.empty((n_experts, n_rows, n_bytes), dtype=np.uint8)
+    data = []
     sums = np.zeros((2, 2))
     damping = 0.0
     for expert in range(n_experts):
@@ -132,12 +133,19 @@ def quantize(
                 encoded = encode_absmax(w, error_weight, grid, qtype.group_size)
             else:
                 encoded = encode(w, error_weight, grid, qtype.group_size)
-            data[expert, rows] = _pack(qtype, encoded)
+            data.append(qtype.pack(encoded) if isinstance(qtype, StockType) else _pack(qtype, encoded))
             for row, values in enumerate((w - decode(encoded, grid), w)):
                 weighted = _weighted_square(values, importance[expert]) if hessian is None else output_error(values, hessian[expert], outputs)
                 sums[row] += _weighted_square(values, torch.ones_like(importance[expert])), weighted
     relative, weighted = np.divide(sums[0], sums[1], out=np.zeros(2), where=sums[1] > 0)
-    return Quantized(data.reshape(*weight.shape[:-1], n_bytes), codec, float(relative), float(weighted), damping)
+    return Quantized(np.concatenate(data).reshape(*weight.shape[:-1], -1), codec, float(relative), float(weighted), damping)
+
+
+def _fitted(source: _Source, qtype: AaacType, largest: float, method: Method, seed: int) -> Codec:
+    generator = torch.Generator().manual_seed(seed)
+    if method == "paper":
+        return fit_paper(*source.groups(qtype.group_size, source.weight.numel(), generator), qtype, largest, generator)
+    return fit(*source.groups(qtype.group_size, _FIT_SAMPLE, generator), qtype, largest)
 
 
 def _power_of_two(largest: float) -> float:
@@ -168,5 +176,5 @@ def _weighted_square(values: Tensor, weight: Tensor) -> float:
 
 
 def _pack(qtype: AaacType, encoded: Encoded) -> NDArray[np.uint8]:
-    parts = (encoded.indices, encoded.selectors, encoded.scale_codes)
+    parts = (encoded.indices, encoded.selectors, encoded.scale_codes.to(torch.uint8))
     return pack(qtype, *(part.cpu().numpy() for part in parts))

@@ -41,7 +41,7 @@ def test_a_gguf_becomes_aaac(source, tmp_path, capsys):
     assert "relative error: mean" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("type_name", ["AAAC4_G16", "AAAC4_G32", "AAAC4_G128", "Q8_0", "BF16", "F16", "F32"])
+@pytest.mark.parametrize("type_name", ["AAAC4_G16", "AAAC4_G32", "AAAC4_G128", "Q4_0", "IQ4_NL", "Q8_0", "BF16", "F16", "F32"])
 def test_dry_run_is_exact_to_the_byte(source, tmp_path, capsys, type_name):
     out = tmp_path / "out.gguf"
     assert convert(source, out, "--type", type_name, "--dry-run") == 0
@@ -62,11 +62,24 @@ def test_importance_moves_the_error(source, tmp_path, capsys):
     sums[0, ::4] = 1000
     write_imatrix(tmp_path / "i.gguf", Imatrix({"blk.0.attn_q.weight": Entry(sums, np.ones(1, dtype=np.float32))}, ["x"], 1, 1))
     assert convert(source, tmp_path / "with.gguf", "--imatrix", tmp_path / "i.gguf") == 0
-    assert "calibration did not reach 1: blk.0.ffn_down.weight" in capsys.readouterr().out
+    assert "calibration did not reach 2: blk.0.ffn_down.weight, blk.0.attn_k.weight" in capsys.readouterr().out
     assert convert(source, tmp_path / "without.gguf") == 0
     full = gguf_io.read(source).load("blk.0.attn_q.weight")
     errors = [np.square(gguf_io.read(tmp_path / f"{n}.gguf").load("blk.0.attn_q.weight") - full)[:, ::4].sum() for n in ("with", "without")]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_stock_types_are_ordinary_files(source, tmp_path):
+    """The stock gguf library reads and decodes them."""
+    assert convert(source, tmp_path / "out.gguf", "--type", "IQ4_NL", "--tensor-type", "attn_q=Q4_0") == 0
+    file, full = gguf.GGUFReader(tmp_path / "out.gguf"), gguf_io.read(source)
+    tensors = {t.name: t for t in file.tensors}
+    assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "IQ4_NL"
+    assert tensors["blk.0.attn_k.weight"].tensor_type.name == "IQ4_NL"
+    for name, bound in (("blk.0.attn_q.weight", 0.0085), ("blk.0.ffn_down.weight", 0.007)):
+        expected, data = full.load(name), gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+        assert np.square(data - expected).sum() < bound * np.square(expected).sum()
+    assert fmt.KEY_TENSOR_NAMES not in file.fields
 
 
 def test_the_papers_method(source, tmp_path):
