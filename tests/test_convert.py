@@ -222,6 +222,7 @@ def test_a_full_disk(source, tmp_path, capsys):
 
 
 def _convert_big(source: Path, out: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background hands down that it is ignored
     convert(source, out)
 
 
