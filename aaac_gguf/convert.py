@@ -158,7 +158,9 @@ def convert(source: Path, out: Path, settings: Settings) -> Report:
             return result.data
 
         write_gguf(out, metadata, plans, encode, codecs)
-    not_covered = imatrix.not_covered(quantized) if inputs.description["source"] != "none" else []
+    # At 8 bits it makes no difference worth a word.
+    low_bit = [p.name for p in plans if p.name in quantized and p.type != T.Q8_0]
+    not_covered = imatrix.not_covered(low_bit) if inputs.description["source"] != "none" else []
     return Report(out.stat().st_size, reports, not_covered, time.monotonic() - start, damped)
 
 
