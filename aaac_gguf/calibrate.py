@@ -131,5 +131,4 @@ def importance(model: Any, tokens: torch.Tensor, architecture: str, present: Col
             total[expert], count[expert] = sums[name, expert].cpu().numpy(), counts[name, expert]
         for gguf_name in gguf_names(name, architecture, n_layers, present):
             entries[gguf_name] = Entry(total, count)
-    # A tied output matrix is the embedding's parameter; llama.cpp multiplies with token_embd then.
     return Imatrix(entries, [dataset], len(tokens), tokens.shape[1])

@@ -121,10 +121,7 @@ def convert(source: Path, out: Path, settings: Settings) -> Report:
         raise AaacError(f"--device {settings.device}: torch finds no CUDA device here; use --device cpu")
     # In the first seconds: everything that can be refused without reading the weights.
     with full_precision(source, out.parent, header_only=True) as header:
-        plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
-        quantized = searched(plans)
-        # Nothing to calibrate where nothing is quantized by importance.
-        inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
+        plans, quantized, inputs = outline(source, header, settings)
     with full_precision(source, out.parent) as file:
         check_finite(file)
         imatrix, moments = measure(source, file, inputs, settings, quantized)
@@ -180,6 +177,13 @@ class Inputs:
     description: Mapping[str, Any]
     tokens: torch.Tensor | None = None
     imatrix: Imatrix | None = None
+
+
+def outline(source: Path, header: GgufFile, settings: Settings) -> tuple[list[TensorPlan], list[str], Inputs]:
+    """The plan, the tensors that are rounded by search, and the calibration input, of which there is none where nothing is searched."""
+    plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
+    quantized = searched(plans)
+    return plans, quantized, prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
 
 
 def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
@@ -299,9 +303,7 @@ def dry_run(source: Path, out: Path, settings: Settings) -> tuple[list[TensorPla
     """The plan and the exact bytes of the file that `convert` would write."""
     check_output(out)
     with full_precision(source, out.parent, header_only=True) as header:
-        plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
-        quantized = searched(plans)
-        inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
+        plans, quantized, inputs = outline(source, header, settings)
         metadata = output_metadata(header, settings, inputs, quantized)
         return plans, file_bytes(metadata, [p.info for p in plans], blank_codecs(plans))
 

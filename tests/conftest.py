@@ -18,8 +18,6 @@ from aaac_gguf.gguf_io import GgufFile
 # Threads that spin while other programs run cost more than they give to models this small.
 torch.set_num_threads(1)
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
-
 
 def random_codec(rng: np.random.Generator, m: int = 3) -> fmt.Codec:
     """Two asymmetric codebooks and a scale base."""
