@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encode import CELLS, Grid, row_chunks, search
+from .encode import CELLS, Grid, groups_for_c, row_chunks, scale_starts, search
 from .format import MANTISSA_BITS, MAX_LEVEL, N_LEVELS, SELECTOR_SIZE, AaacType, Codec, scale_factors
 
 # The start of `fit`: llama.cpp's IQ4_NL table and its mirror image. An asymmetric table spends its odd level on one side; the mirror image
@@ -54,8 +54,12 @@ def _lloyd_sums(w: Tensor, a: Tensor, grid: Grid, qtype: AaacType) -> tuple[Tens
 
     The minimiser is sum(a s^2 x) / sum(a s^2) with x = w / s: the error of a level counts with the square of the scale that multiplies it.
     """
-    numerator = torch.zeros(2 * N_LEVELS, dtype=torch.float64, device=w.device)
-    denominator = torch.zeros_like(numerator)
+    numerator, denominator = sums = torch.zeros(2, 2 * N_LEVELS, dtype=torch.float64, device=w.device)
+    if grid.compiled:
+        w, a = groups_for_c(w, a, qtype.group_size)
+        starts = scale_starts(qtype.group_size)[:_FIT_STARTS]
+        grid.compiled.call("aaac_lloyd_sums", len(w), qtype.group_size, w, a, starts, len(starts), sums)
+        return numerator, denominator
     for rows in row_chunks(w):
         code, second, _ = search(w[rows], a[rows], grid, qtype.group_size, _FIT_STARTS)
         scale = grid.scales[code][:, None, None]

@@ -8,10 +8,12 @@ The search starts from a few scales around "the largest weight meets the largest
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .compiled import CompiledGrid, library
 from .format import MAX_LEVEL, SELECTOR_SIZE, AaacType, Codec
 
 # Where the search starts, by group size, relative to the scale that maps a group's largest weight onto the largest level. Above 1 that weight meets
@@ -63,6 +65,11 @@ class Grid:
         levels = torch.from_numpy(codec.codebooks).to(device, torch.float32)
         scales = torch.from_numpy(codec.scales()[: qtype.n_scale_codes]).to(device) / unit
         return Grid.of_levels(levels, scales)
+
+    @cached_property
+    def compiled(self) -> CompiledGrid | None:
+        """The same tables for search.c; None where that does not serve: on a GPU, and without a C compiler."""
+        return CompiledGrid(self) if self.levels.device.type == "cpu" and library() else None
 
     def scale_codes(self, scales: Tensor) -> Tensor:
         """The nearest nonzero scale's code for each of `scales` (any shape): int64."""
@@ -127,12 +134,14 @@ def search(weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int, n_
     error_weight is a_k, float32, broadcastable to [N, K]; n_starts: how many of SCALE_STARTS are tried, all unless given.
     A group keeps code 0 (all zero) where no scale does better.
     """
+    if grid.compiled:
+        return _compiled_search(weight, error_weight, grid, group_size, n_starts)[:3]
     groups = _Groups(weight, error_weight, group_size)
-    largest = groups.w.abs().amax((1, 2)) / MAX_LEVEL
+    largest = groups.w.abs().amax((1, 2))
     best_error = torch.linalg.vecdot(groups.w * groups.a, groups.w).sum(1)
     best_code = torch.zeros_like(best_error, dtype=torch.int64)
     best_second = torch.zeros(groups.w.shape[:2], dtype=torch.bool, device=weight.device)
-    for start in SCALE_STARTS[group_size][:n_starts]:
+    for start in scale_starts(group_size, weight.device)[:n_starts]:
         code = grid.scale_codes(largest * start)
         for refit in (True, False):
             error, second, least_squares = groups.at_scale(grid.scales[code], grid)
@@ -143,6 +152,31 @@ def search(weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int, n_
             if refit:
                 code = grid.scale_codes(least_squares)
     return best_code, best_second, best_error
+
+
+def _compiled_search(
+    weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int, n_starts: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `search` returns, and the nearest levels' indices uint8 [G, g]."""
+    assert grid.compiled
+    w, a = groups_for_c(weight, error_weight, group_size)
+    code = torch.empty(len(w), dtype=torch.int64)
+    second = torch.empty(len(w), group_size // SELECTOR_SIZE, dtype=torch.bool)
+    error = torch.empty(len(w))
+    index = torch.empty(w.shape, dtype=torch.uint8)
+    starts = scale_starts(group_size)[:n_starts]
+    grid.compiled.call("aaac_search", len(w), group_size, w, a, starts, len(starts), code, second, error, index)
+    return code, second, error, index
+
+
+def groups_for_c(weight: Tensor, error_weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Weights and error weights as contiguous [G, group_size]."""
+    return weight.reshape(-1, group_size).contiguous(), error_weight.expand(weight.shape).reshape(-1, group_size).contiguous()
+
+
+def scale_starts(group_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """SCALE_STARTS times the largest weight are scales: float32 [n]."""
+    return torch.tensor(SCALE_STARTS[group_size], device=device) / MAX_LEVEL
 
 
 def nearest_indices(weight: Tensor, code: Tensor, second: Tensor, grid: Grid) -> Tensor:
@@ -169,6 +203,10 @@ def encode(weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int) ->
     Rows are searched all at once: the caller bounds their number (`row_chunks`).
     """
     n_rows = len(weight)
-    code, second, _ = search(weight, error_weight, grid, group_size)
-    indices = nearest_indices(weight, code, second, grid)
+    if grid.compiled:
+        code, second, _, found = _compiled_search(weight, error_weight, grid, group_size)
+        indices = found.view(weight.shape)
+    else:
+        code, second, _ = search(weight, error_weight, grid, group_size)
+        indices = nearest_indices(weight, code, second, grid)
     return Encoded(indices, second.view(n_rows, -1).to(torch.uint8), code.view(n_rows, -1).to(torch.int32))

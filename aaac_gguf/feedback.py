@@ -14,13 +14,14 @@ as columns are: what is left of a block of rows moves the rows behind it by the 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .encode import CELLS, CELLS_PER_UNIT, SCALE_STARTS, Encoded, Grid
-from .format import MAX_LEVEL, SELECTOR_SIZE
+from .encode import CELLS, CELLS_PER_UNIT, Encoded, Grid, scale_starts
+from .format import SELECTOR_SIZE
 
 DAMPING = 0.03  # of the mean of H's diagonal, added to the diagonal
 OUTPUT_DAMPING = 0.1  # the same for O, which fewer directions dominate
@@ -72,7 +73,7 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
         damped = h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)
         u, failed = _inverse_root(damped)
         if not failed:
-            return Factor(damped.float(), u.float(), damping)
+            return Factor(damped.float(), u.float().contiguous(), damping)
         damping *= 10
 
 
@@ -181,27 +182,31 @@ class _Rounding:
         return choice
 
 
-@dataclass(frozen=True)
 class _Metrics:
-    """By group: the error when the columns behind it are free (feedback), and when all others are fixed (sweeps)."""
+    """By group, what its error is when the columns behind it are free (feedback), and when all others are fixed (sweeps)."""
 
-    free: list[_Metric]
-    fixed: list[_Metric]
-
-    @staticmethod
-    def of(inputs: Factor, size: int) -> _Metrics:
+    def __init__(self, inputs: Factor, size: int):
         n_groups = len(inputs.u) // size
         free, fixed = (m.view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1) for m in (inputs.u, inputs.hessian))
-        return _Metrics([_Metric(u) for u in free], [_Metric(u) for u in _inverse_root(fixed.double())[0].float()])
+        self.free_roots, self.fixed_roots = free, _inverse_root(fixed.double())[0].float().contiguous()
+
+    @cached_property
+    def free(self) -> list[_Metric]:
+        return [_Metric(u) for u in self.free_roots]
+
+    @cached_property
+    def fixed(self) -> list[_Metric]:
+        return [_Metric(u) for u in self.fixed_roots]
 
 
 def feedback(weight: Tensor, inputs: Factor, grid: Grid, qtype: Grouped, outputs: Tensor | None = None, sweeps: int = SWEEPS) -> Encoded:
     """Encode `weight` float32 [N, K] for least error under `inputs`, the factored H, and `outputs`, O [N, N] as it was measured, if given."""
     n_rows = len(weight)
-    metrics = _Metrics.of(inputs, qtype.group_size)
+    metrics = _Metrics(inputs, qtype.group_size)
+    rows_type = _CompiledRows if grid.compiled else _Rows
     if outputs is None:
         chunks = weight.split(_CHUNK_ROWS.get(weight.device.type, n_rows))
-        return _joined([_Rows(rows, inputs, metrics, grid, qtype).encode(sweeps) for rows in chunks])
+        return _joined([rows_type(rows, inputs, metrics, grid, qtype).encode(sweeps) for rows in chunks])
 
     # A block takes every 16th row: neighbours, which are often coupled (one attention head), then see each other's errors.
     order = torch.cat([torch.arange(first, n_rows, _ROW_BLOCKS, device=weight.device) for first in range(min(_ROW_BLOCKS, n_rows))])
@@ -211,7 +216,7 @@ def feedback(weight: Tensor, inputs: Factor, grid: Grid, qtype: Grouped, outputs
     stop = 0
     for part in target.split(-(-n_rows // _ROW_BLOCKS)):
         start, stop = stop, stop + len(part)
-        rows = _Rows(part, inputs, metrics, grid, qtype)
+        rows = rows_type(part, inputs, metrics, grid, qtype)
         parts.append(rows.encode(sweeps))
         error = torch.linalg.solve_triangular(u[start:stop, start:stop].T, part - rows.q.T, upper=False)
         target[stop:].addmm_(u[start:stop, stop:].T, error, alpha=-1)
@@ -232,6 +237,7 @@ class _Rows:
         self.h, self.u, self.metrics = inputs.hessian, inputs.u, metrics
         self.grid, self.size = grid, qtype.group_size
         self.rounding = _Rounding(grid, qtype.group_size)
+        self.starts = scale_starts(qtype.group_size, weight.device)
         n_per_row, n_rows = self.weight.shape
         self.q = torch.empty_like(self.weight)
         self.level = torch.empty_like(self.weight)
@@ -257,46 +263,74 @@ class _Rows:
     def _feed_back(self) -> None:
         """Decide the groups from left to right, each for the weights as the errors before it have moved them."""
         w = self.weight.clone()
-        starts = torch.tensor(SCALE_STARTS[self.size], device=w.device)[:, None] / MAX_LEVEL
-        for start, stop in _blocks(len(w)):
-            errors = torch.empty_like(w[start:stop])
-            for group in _groups(start, stop, self.size):
-                metric = self.metrics.free[group.start // self.size]
-                codes = self.grid.scale_codes(w[group].abs().amax(0) * starts)
-                self._write(group, self.rounding.best(w[group], metric, codes))
-                error = metric.root @ (w[group] - self.q[group])
-                errors[group.start - start : group.stop - start] = error
-                w[group.stop : stop].addmm_(self.u[group, group.stop : stop].T, error, alpha=-1)
-            w[stop:].addmm_(self.u[start:stop, stop:].T, errors, alpha=-1)
+        for block in _blocks(len(w)):
+            errors = self._decide(block, w[block])
+            w[block.stop :].addmm_(self.u[block, block.stop :].T, errors, alpha=-1)
+
+    def _decide(self, block: slice, w: Tensor) -> Tensor:
+        """Decide the groups of a block of columns w [n, N]. Returns what U turns into the moves of the columns behind it, [n, N]."""
+        errors = torch.empty_like(w)
+        for group, inside in _groups(block, self.size):
+            metric = self.metrics.free[group.start // self.size]
+            codes = self.grid.scale_codes(w[inside].abs().amax(0) * self.starts[:, None])
+            self._write(group, self.rounding.best(w[inside], metric, codes))
+            errors[inside] = metric.root @ (w[inside] - self.q[group])
+            w[inside.stop :].addmm_(self.u[group, group.stop : block.stop].T, errors[inside], alpha=-1)
+        return errors
 
     def _sweep(self) -> None:
         """Decide every group again for the others as they are, and keep what lowers the error."""
         gradient = self.h @ (self.weight - self.q)
+        for block in _blocks(len(gradient)):
+            before = self.q[block].clone()
+            self._revise(block, gradient[block])
+            gradient[block.stop :].addmm_(self.h[block.stop :, block], self.q[block] - before, alpha=-1)
+
+    def _revise(self, block: slice, gradient: Tensor) -> None:
+        """One sweep over a block of columns, `gradient` [n, N] being H times the error at its columns."""
         last = len(self.grid.scales) - 1
-        for start, stop in _blocks(len(gradient)):
-            before = self.q[start:stop].clone()
-            for group in _groups(start, stop, self.size):
-                metric = self.metrics.fixed[group.start // self.size]
-                target = self.q[group] + metric.u.T @ (metric.u @ gradient[group])
-                code = self.code[group.start // self.size]
-                second = self.second[group.start // SELECTOR_SIZE : group.stop // SELECTOR_SIZE]
-                kept = _Choice(code, second, self.level[group], (metric.root @ (target - self.q[group])).square().sum(0))
-                nearby = code + torch.arange(-2, 3, device=code.device)[:, None]
-                found = self.rounding(target, metric, nearby.clamp(1, last))
-                old = self.q[group].clone()
-                # Rounding in float32 must not let a group go back and forth.
-                kept.take(found.error < kept.error * (1 - 1e-5), found)
-                self._write(group, kept)
-                gradient[group.start : stop].addmm_(self.h[group.start : stop, group], self.q[group] - old, alpha=-1)
-            gradient[stop:].addmm_(self.h[stop:, start:stop], self.q[start:stop] - before, alpha=-1)
+        for group, inside in _groups(block, self.size):
+            metric = self.metrics.fixed[group.start // self.size]
+            target = self.q[group] + metric.u.T @ (metric.u @ gradient[inside])
+            code = self.code[group.start // self.size]
+            second = self.second[group.start // SELECTOR_SIZE : group.stop // SELECTOR_SIZE]
+            kept = _Choice(code, second, self.level[group], (metric.root @ (target - self.q[group])).square().sum(0))
+            nearby = code + torch.arange(-2, 3, device=code.device)[:, None]
+            found = self.rounding(target, metric, nearby.clamp(1, last))
+            old = self.q[group].clone()
+            # Rounding in float32 must not let a group go back and forth.
+            kept.take(found.error < kept.error * (1 - 1e-5), found)
+            self._write(group, kept)
+            gradient[inside.start :].addmm_(self.h[group.start : block.stop, group], self.q[group] - old, alpha=-1)
 
 
-def _blocks(n_per_row: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _BLOCK, n_per_row)) for start in range(0, n_per_row, _BLOCK)]
+class _CompiledRows(_Rows):
+    """The same in search.c, a block of columns at a time."""
+
+    def _outputs(self, block: slice) -> tuple[Tensor, ...]:
+        runs, groups = (slice(block.start // n, block.stop // n) for n in (SELECTOR_SIZE, self.size))
+        return self.q[block], self.level[block], self.second[runs], self.code[groups]
+
+    def _decide(self, block: slice, w: Tensor) -> Tensor:
+        assert self.grid.compiled
+        errors = torch.empty_like(w)
+        u, starts = self.u[block, block], self.starts
+        self.grid.compiled.call("aaac_feed_back", *w.shape, self.size, u, len(self.u), starts, len(starts), w, *self._outputs(block), errors)
+        return errors
+
+    def _revise(self, block: slice, gradient: Tensor) -> None:
+        assert self.grid.compiled
+        roots = self.metrics.fixed_roots[block.start // self.size :]
+        self.grid.compiled.call("aaac_sweep", *gradient.shape, self.size, self.h[block, block], len(self.h), roots, gradient, *self._outputs(block))
 
 
-def _groups(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(k, k + size) for k in range(start, stop, size)]
+def _blocks(n_per_row: int) -> list[slice]:
+    return [slice(start, min(start + _BLOCK, n_per_row)) for start in range(0, n_per_row, _BLOCK)]
+
+
+def _groups(block: slice, size: int) -> list[tuple[slice, slice]]:
+    """The groups of a block: as columns of the matrix, and as columns of the block."""
+    return [(slice(k, k + size), slice(k - block.start, k - block.start + size)) for k in range(block.start, block.stop, size)]
 
 
 def output_error(difference: Tensor, hessian: Tensor, outputs: Tensor | None = None) -> float:
