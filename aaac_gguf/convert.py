@@ -26,7 +26,7 @@ from .feedback import DAMPING
 from .gguf_io import GgufFile, Metadata, TensorInfo, Value, alignment, atomic, codec_values, dequantize, field_values, read, render_header
 from .hessian import Moments, collect, in_rows_of, passes, with_random
 from .imatrix import Imatrix, read_imatrix, sha256
-from .kquants import quantize_q6_k
+from .kquants import KQUANTS, quantize_rounded
 from .plan import Override, TensorPlan, make_plan
 from .quantize import Method, quantize
 from .stock import STOCK_TYPES
@@ -227,7 +227,8 @@ class MomentsByTensor:
 
     def __init__(self, model: Any, tokens: torch.Tensor, file: GgufFile, quantized: Sequence[str], seed: int):
         vocab_size = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)
-        self.model, self.tokens, self.seed = model, with_random(tokens, vocab_size, seed), seed
+        self.model, self.seed = model, seed
+        self.sequences, self.sequence_weights = with_random(tokens, vocab_size, seed)
         self.weights = dict(model.named_parameters())
         n_layers = model.config.get_text_config().num_hidden_layers
         self.parameter: dict[str, str] = {}  # by GGUF name
@@ -247,7 +248,7 @@ class MomentsByTensor:
         if name not in self.held_run:
             self.held.clear()
             self.held_run = next(run for run in self.runs if name in run)
-            self.held = collect(self.model, self.tokens, self.held_run, self.seed)
+            self.held = collect(self.model, self.sequences, self.held_run, self.seed, self.sequence_weights)
         return in_rows_of(self.held[name], self.weights[name], weight) if name in self.held else None
 
 
@@ -282,8 +283,8 @@ def load_weight(file: GgufFile, name: str, device: str) -> torch.Tensor:
 
 def encode_stock(weight: torch.Tensor, ggml_type: T) -> np.ndarray:
     """The data of a type that every llama.cpp reads."""
-    if ggml_type == T.Q6_K:
-        return quantize_q6_k(weight)
+    if ggml_type in KQUANTS:
+        return quantize_rounded(KQUANTS[ggml_type], weight)
     return gguf.quantize(weight.cpu().numpy(), ggml_type)
 
 

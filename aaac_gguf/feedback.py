@@ -13,15 +13,17 @@ as columns are: what is left of a block of rows moves the rows behind it by the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .encode import CELLS, CELLS_PER_UNIT, Encoded, Grid, scale_starts
 from .format import SELECTOR_SIZE
+from .kquants import Steps
 
 DAMPING = 0.03  # of the mean of H's diagonal, added to the diagonal
 OUTPUT_DAMPING = 0.1  # the same for O, which fewer directions dominate
@@ -201,32 +203,69 @@ class _Metrics:
 
 def feedback(weight: Tensor, inputs: Factor, grid: Grid, qtype: Grouped, outputs: Tensor | None = None, sweeps: int = SWEEPS) -> Encoded:
     """Encode `weight` float32 [N, K] for least error under `inputs`, the factored H, and `outputs`, O [N, N] as it was measured, if given."""
-    n_rows = len(weight)
     metrics = _Metrics(inputs, qtype.group_size)
     rows_type = _CompiledRows if grid.compiled else _Rows
+
+    def encode(part: Tensor, _: Tensor) -> tuple[Tensor, Encoded]:
+        rows = rows_type(part, inputs, metrics, grid, qtype)
+        encoded = rows.encode(sweeps)
+        return rows.q.T, encoded
+
+    parts, order = _in_row_blocks(weight, outputs, encode)
+    joined = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Encoded))
+    return Encoded(*(values[order] for values in joined))
+
+
+def feedback_on_steps(weight: Tensor, inputs: Factor, steps: Steps, outputs: Tensor | None = None) -> Tensor:
+    """Quants uint8 [N, K] for `weight` float32 [N, K] where the scales are chosen already; the moments as in `feedback`."""
+    u = inputs.u
+
+    def encode(part: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        w, quants = part.T.clone(), torch.empty(weight.shape[1], len(part), dtype=torch.uint8, device=weight.device)
+        step, offset = steps.step[index].T, steps.offset[index].T
+        inverse = torch.where(step == 0, 0.0, 1 / step)
+        for block in _blocks(len(w)):
+            errors = torch.empty_like(w[block])
+            for j in range(block.start, block.stop):
+                run = j // steps.run
+                quant = ((w[j] + offset[run]) * inverse[run]).round_().clamp_(0, steps.n_levels - 1)
+                quants[j] = quant
+                error = torch.sub(w[j], quant * step[run] - offset[run], out=errors[j - block.start]).div_(u[j, j])
+                w[j + 1 : block.stop].addr_(u[j, j + 1 : block.stop], error, alpha=-1)
+            w[block.stop :].addmm_(u[block, block.stop :].T, errors, alpha=-1)
+        chosen = quants.T.contiguous()
+        return replace(steps, step=steps.step[index], offset=steps.offset[index]).weights(chosen), chosen
+
+    parts, order = _in_row_blocks(weight, outputs, encode)
+    return torch.cat(parts)[order]
+
+
+_Part = TypeVar("_Part")
+
+
+def _in_row_blocks(weight: Tensor, outputs: Tensor | None, encode: Callable[[Tensor, Tensor], tuple[Tensor, _Part]]) -> tuple[list[_Part], Tensor]:
+    """Give `encode` some rows of `weight` [N, K] at a time, and their numbers; it returns what they became [n, K], and the encoding.
+
+    With `outputs` O, rows come as the errors of the rows before them have moved them. Returns the encodings, and the order that sorts their rows.
+    """
+    n_rows = len(weight)
+    numbers = torch.arange(n_rows, device=weight.device)
     if outputs is None:
-        chunks = weight.split(_CHUNK_ROWS.get(weight.device.type, n_rows))
-        return _joined([rows_type(rows, inputs, metrics, grid, qtype).encode(sweeps) for rows in chunks])
+        size = _CHUNK_ROWS.get(weight.device.type, n_rows)
+        return [encode(rows, index)[1] for rows, index in zip(weight.split(size), numbers.split(size), strict=True)], numbers
 
     # A block takes every 16th row: neighbours, which are often coupled (one attention head), then see each other's errors.
-    order = torch.cat([torch.arange(first, n_rows, _ROW_BLOCKS, device=weight.device) for first in range(min(_ROW_BLOCKS, n_rows))])
+    order = torch.cat([numbers[first::_ROW_BLOCKS] for first in range(min(_ROW_BLOCKS, n_rows))])
     u = factor(outputs[order][:, order], OUTPUT_DAMPING).u
     target = weight[order]
     parts = []
-    stop = 0
-    for part in target.split(-(-n_rows // _ROW_BLOCKS)):
-        start, stop = stop, stop + len(part)
-        rows = rows_type(part, inputs, metrics, grid, qtype)
-        parts.append(rows.encode(sweeps))
-        error = torch.linalg.solve_triangular(u[start:stop, start:stop].T, part - rows.q.T, upper=False)
-        target[stop:].addmm_(u[start:stop, stop:].T, error, alpha=-1)
-    return _joined(parts, order.argsort())
-
-
-def _joined(parts: list[Encoded], order: Tensor | None = None) -> Encoded:
-    """The rows of all parts, in `order` if given."""
-    joined = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Encoded))
-    return Encoded(*(values if order is None else values[order] for values in joined))
+    for index in torch.arange(n_rows).split(-(-n_rows // _ROW_BLOCKS)):
+        block = slice(int(index[0]), int(index[-1]) + 1)
+        q, part = encode(target[block], order[block])
+        parts.append(part)
+        error = torch.linalg.solve_triangular(u[block, block].T, target[block] - q, upper=False)
+        target[block.stop :].addmm_(u[block, block.stop :].T, error, alpha=-1)
+    return parts, order.argsort()
 
 
 class _Rows:

@@ -26,7 +26,7 @@ class Moments:
     """What calibration saw of one parameter, on the model's device.
 
     inputs   float32 [K, K], or [E, K, K] for E experts: mean of x x^T over the tokens that reached it; zero for an expert that none reached
-    outputs  float32 [N, N]: mean of g g^T, up to a factor; None for experts, and for more outputs than MAX_OUTPUTS
+    outputs  float32 [N, N]: mean of g g^T over the same tokens; None for experts, and for more outputs than MAX_OUTPUTS
     """
 
     inputs: Tensor
@@ -42,7 +42,8 @@ class _Watch(Products):
         self.dims = {name: p.dim() for name, p in self.parameters}
         self.inputs: dict[tuple[str, int], Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
-        self.counts: dict[tuple[str, int], int] = {}
+        self.counts: dict[tuple[str, int], float] = {}
+        self.weight = 1.0  # of the sequence that runs
         self.same_inputs: dict[str, str] = {}  # parameter -> the one before it that multiplies the same inputs, as K and V do after Q
         self.last: tuple[str, Tensor] | None = None
         self.product: str | None = None
@@ -66,16 +67,15 @@ class _Watch(Products):
                 return
             self.last = (name, inputs)
         self._add(self.inputs, (name, expert), inputs)
-        self.counts[name, expert] = self.counts.get((name, expert), 0) + len(inputs)
+        self.counts[name, expert] = self.counts.get((name, expert), 0) + self.weight * len(inputs)
 
-    @staticmethod
-    def _add(sums: dict[Any, Tensor], key: Any, rows: Tensor) -> None:
+    def _add(self, sums: dict[Any, Tensor], key: Any, rows: Tensor) -> None:
         # Float32 holds: one rounding per sequence and product, 1e-5 of a sum at the very most, against a damping of 1e-2.
         rows = rows.float()
         if key in sums:
-            sums[key].addmm_(rows.T, rows)
+            sums[key].addmm_(rows.T, rows, alpha=self.weight)
         else:
-            sums[key] = rows.T @ rows
+            sums[key] = self.weight * (rows.T @ rows)
 
     def moments(self, name: str, n_experts: int) -> Moments | None:
         """The means for a parameter; None where no product was seen."""
@@ -85,24 +85,30 @@ class _Watch(Products):
             return None
         means = {expert: self.inputs[key, expert] / self.counts[key, expert] for key, expert in seen}
         if n_experts == 1:
-            return Moments(means[0], self.outputs.get(name))
+            outputs = self.outputs.get(name)
+            return Moments(means[0], None if outputs is None else outputs / self.counts[leader, 0])
         zero = torch.zeros_like(means[seen[0][1]])
         return Moments(torch.stack([means.get(expert, zero) for expert in range(n_experts)]), None)
 
 
-def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> Tensor:
-    """The sequences int64 [n, T] and as many again of uniformly drawn tokens, each after a first token as the text's.
+def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The sequences int64 [n, T] and a quarter as many of uniformly drawn tokens, each after a first token as the text's; and weights for `collect`.
 
     A text shows few of the directions that activations can take; what it does not show would count as free. Random tokens show the others: without
-    them an error of the layer that only other text excites goes unseen.
+    them an error of the layer that only other text excites goes unseen. Together they weigh as much as the text; more of them change nothing.
     """
-    drawn = torch.randint(vocab_size, tokens.shape, generator=torch.Generator().manual_seed(seed))
-    drawn[:, 0] = tokens[:, 0]
-    return torch.cat([tokens, drawn])
+    n_random = -(-len(tokens) // 4)
+    drawn = torch.randint(vocab_size, (n_random, tokens.shape[1]), generator=torch.Generator().manual_seed(seed))
+    drawn[:, 0] = tokens[:n_random, 0]
+    weights = torch.ones(len(tokens) + n_random)
+    weights[len(tokens) :] = len(tokens) / n_random
+    return torch.cat([tokens, drawn]), weights
 
 
-def collect(model: Any, tokens: Tensor, parameters: Collection[str], seed: int = 0) -> dict[str, Moments]:
+def collect(model: Any, tokens: Tensor, parameters: Collection[str], seed: int = 0, weights: Tensor | None = None) -> dict[str, Moments]:
     """Moments of the named parameters of a causal language model over `tokens` int64 [n, T]; the same for the same seed on a CPU.
+
+    weights: how much each sequence counts, float32 [n]; 1 unless given.
 
     Runs one sequence forward and backward at a time; only activations are differentiated, so the model's parameters take no gradients. In memory are
     one sequence's activations and the sums (`passes` bounds these).
@@ -114,7 +120,9 @@ def collect(model: Any, tokens: Tensor, parameters: Collection[str], seed: int =
     embeddings = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True))
     watch = _Watch(model, parameters)
     try:
-        for sequence in tqdm(tokens, desc="measuring sensitivities", unit="sequence", disable=None, leave=False):
+        bar = tqdm(tokens, desc="measuring sensitivities", unit="sequence", disable=None, leave=False)
+        for sequence, weight in zip(bar, torch.ones(len(tokens)) if weights is None else weights, strict=True):
+            watch.weight = float(weight)
             with torch.enable_grad(), watch:
                 logits = model(input_ids=sequence[None].to(model.device), use_cache=False).logits[0].float()
             watch.last = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from .codebook import fit, fit_paper
 from .encode import Encoded, Grid, decode, encode, encode_absmax, row_chunks
-from .feedback import factor, feedback, output_error
+from .feedback import Factor, factor, feedback, feedback_on_steps, output_error
 from .format import MAX_LEVEL, AaacType, Codec, pack, scale_factors
+from .kquants import KQuant
 from .stock import StockType
 
 Method = Literal["aaac", "paper"]
@@ -78,7 +81,7 @@ class _Source:
 
 def quantize(
     weight: Tensor,
-    qtype: AaacType | StockType,
+    qtype: AaacType | StockType | KQuant,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
     outputs: Tensor | None = None,
@@ -95,7 +98,7 @@ def quantize(
     method: "aaac", or "paper" for Algorithm 1 of the paper with absmax scales, which takes no Hessian and makes AAAC types only (ValueError).
     Weights must be finite. The same seed gives the same bytes. Raises AaacError for rows that are not whole blocks.
     """
-    if method == "paper" and (hessian is not None or isinstance(qtype, StockType)):
+    if method == "paper" and (hessian is not None or not isinstance(qtype, AaacType)):
         raise ValueError("the paper's method has no error feedback and no stock types")
     if outputs is not None and (hessian is None or weight.dim() != 2):
         raise ValueError("outputs go with a Hessian and a single matrix")
@@ -112,33 +115,56 @@ def quantize(
     source = _Source(experts, importance, unit, by_magnitude=method == "aaac" and hessian is None)
 
     codec = None
-    if isinstance(qtype, StockType):
-        grid = qtype.grid(weight.device, unit)
+    if isinstance(qtype, KQuant):
+        rounded = _k_rounding(qtype, unit)
+    elif isinstance(qtype, StockType):
+        rounded = _grid_rounding(qtype, qtype.grid(weight.device, unit), qtype.pack)
     else:
         codec = _in_range(_fitted(source, qtype, largest / unit, method, seed), unit)
-        grid = Grid.of_codec(codec, qtype, weight.device, unit)
+        rounded = _grid_rounding(qtype, Grid.of_codec(codec, qtype, weight.device, unit), partial(_pack, qtype), absmax=method == "paper")
 
     data = []
     sums = np.zeros((2, 2))
     damping = 0.0
     for expert in range(n_experts):
+        inputs = None
         if hessian is not None:
             inputs = factor(hessian[expert])
             damping = max(damping, inputs.damping)
         for rows in row_chunks(experts[expert]) if hessian is None else [slice(0, n_rows)]:
             w, error_weight = source.rows(expert, rows)
-            if hessian is not None:
-                encoded = feedback(w, inputs, grid, qtype, outputs)
-            elif method == "paper":
-                encoded = encode_absmax(w, error_weight, grid, qtype.group_size)
-            else:
-                encoded = encode(w, error_weight, grid, qtype.group_size)
-            data.append(qtype.pack(encoded) if isinstance(qtype, StockType) else _pack(qtype, encoded))
-            for row, values in enumerate((w - decode(encoded, grid), w)):
+            packed, decoded = rounded(w, error_weight, inputs, outputs)
+            data.append(packed)
+            for row, values in enumerate((w - decoded, w)):
                 weighted = _weighted_square(values, importance[expert]) if hessian is None else output_error(values, hessian[expert], outputs)
                 sums[row] += _weighted_square(values, torch.ones_like(importance[expert])), weighted
     relative, weighted = np.divide(sums[0], sums[1], out=np.zeros(2), where=sums[1] > 0)
     return Quantized(np.concatenate(data).reshape(*weight.shape[:-1], -1), codec, float(relative), float(weighted), damping)
+
+
+# Weights [n, K] and their error weights, the factored H and O if there are any -> blocks uint8 [n, row bytes] and what they decode to.
+Rounding = Callable[[Tensor, Tensor, Factor | None, Tensor | None], tuple[NDArray[np.uint8], Tensor]]
+
+
+def _grid_rounding(qtype: AaacType | StockType, grid: Grid, pack: Callable[[Encoded], NDArray[np.uint8]], absmax: bool = False) -> Rounding:
+    def rounded(w: Tensor, error_weight: Tensor, inputs: Factor | None, outputs: Tensor | None) -> tuple[NDArray[np.uint8], Tensor]:
+        if inputs:
+            encoded = feedback(w, inputs, grid, qtype, outputs)
+        else:
+            encoded = (encode_absmax if absmax else encode)(w, error_weight, grid, qtype.group_size)
+        return pack(encoded), decode(encoded, grid)
+
+    return rounded
+
+
+def _k_rounding(kind: KQuant, unit: float) -> Rounding:
+    def rounded(w: Tensor, error_weight: Tensor, inputs: Factor | None, outputs: Tensor | None) -> tuple[NDArray[np.uint8], Tensor]:
+        w = w * unit
+        steps = kind.steps(w, error_weight.expand(w.shape))
+        quants = feedback_on_steps(w, inputs, steps, outputs) if inputs else steps.quants(w)
+        return kind.packed(quants, steps), steps.weights(quants) / unit
+
+    return rounded
 
 
 def _fitted(source: _Source, qtype: AaacType, largest: float, method: Method, seed: int) -> Codec:

@@ -278,7 +278,6 @@ def write(args: argparse.Namespace, digests: dict[str, str], calibration_seconds
         "calibration": {
             "sha256": digests,
             "sequences": args.calib_sequences,
-            "random_sequences": args.calib_sequences,
             "length": CONTEXT,
             "seconds": calibration_seconds,
         },
@@ -316,7 +315,8 @@ def main() -> None:
     references = {name: [p.half() for p in log_probabilities(model, chunks)] for name, chunks in tests.items()}
     start = time.monotonic()
     decoder = [name for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
-    moments = hessian.collect(model, hessian.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed), decoder, args.seed)
+    sequences, weights = hessian.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
+    moments = hessian.collect(model, sequences, decoder, args.seed, weights)
     calibration_seconds = time.monotonic() - start
     rows = []
     with tempfile.TemporaryDirectory() as scratch, convert.full_precision(args.model, Path(scratch)) as file:

@@ -38,7 +38,7 @@ def test_moments_are_those_of_inputs_and_gradients(model):
     x, g = torch.cat(inputs), torch.cat(gradients)
     assert len(x) == len(g) == tokens.numel()
     torch.testing.assert_close(found[NAME].inputs, x.T @ x / len(x))
-    torch.testing.assert_close(found[NAME].outputs / (g.T @ g), torch.ones(len(g.T), len(g.T)), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(found[NAME].outputs * len(x) / (g.T @ g), torch.ones(len(g.T), len(g.T)), atol=1e-2, rtol=1e-2)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -54,7 +54,7 @@ def test_the_error_predicts_the_divergence(model):
         after = model(input_ids=tokens).logits.log_softmax(-1)
         weight -= change
     kld = float((before.exp() * (before - after)).sum(-1).mean())
-    predicted = float(((moments.outputs / tokens.numel() @ change @ moments.inputs) * change).sum()) / 2
+    predicted = float(((moments.outputs @ change @ moments.inputs) * change).sum()) / 2
     assert 0.5 < predicted / kld < 2
 
 
@@ -107,14 +107,27 @@ def test_too_many_outputs_are_left_out(model, monkeypatch):
     assert found[NAME].outputs.shape == (256, 256)
 
 
-def test_random_tokens_come_beside_the_text():
+def test_weights_count_as_repetitions(model):
     tokens = random_tokens(4096)
-    both = hessian.with_random(tokens, 4096, seed=1)
-    assert torch.equal(both[: len(tokens)], tokens)
-    assert torch.equal(both[len(tokens) :, 0], tokens[:, 0])
-    assert (both[len(tokens) :, 1:] != tokens[:, 1:]).float().mean() > 0.9
+    repeated = torch.cat([tokens, tokens[1:], tokens[1:]])
+    weights = torch.ones(len(tokens))
+    weights[1:] = 3
+    weighted, plain = (hessian.collect(model, t, [NAME], weights=w)[NAME] for t, w in ((tokens, weights), (repeated, None)))
+    torch.testing.assert_close(weighted.inputs, plain.inputs)
+    # The tokens drawn for the gradients differ.
+    assert float(weighted.outputs.trace() / plain.outputs.trace()) == pytest.approx(1, abs=0.2)
+
+
+def test_random_tokens_come_beside_the_text():
+    tokens = random_tokens(4096, 8)
+    both, weights = hessian.with_random(tokens, 4096, seed=1)
+    assert torch.equal(both[:8], tokens)
+    assert both.shape == (10, tokens.shape[1])
+    assert torch.equal(both[8:, 0], tokens[:2, 0])
+    assert (both[8:, 1:] != tokens[:2, 1:]).float().mean() > 0.9
     assert int(both.min()) >= 0
     assert int(both.max()) < 4096
+    assert weights.tolist() == [1] * 8 + [4] * 2
 
 
 def test_outputs_follow_permuted_and_cut_rows():
