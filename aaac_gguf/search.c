@@ -24,7 +24,13 @@ typedef struct {
 
 #define EACH _Pragma("GCC ivdep") for (int l = 0; l < LANES; l++)
 
-static inline int cell(float x) { return (int) fminf(fmaxf(x * PER_UNIT + CELLS / 2, 0), CELLS - 1); }
+// As comparisons, which compilers turn into vector instructions; fmaxf must mind NaN.
+static inline float larger(float a, float b) { return a > b ? a : b; }
+
+static inline int cell(float x) {
+    const float at = larger(x * PER_UNIT + CELLS / 2, 0);
+    return (int) (at < CELLS - 1 ? at : CELLS - 1);
+}
 
 // The nearest nonzero scale's code for each value.
 static void scale_codes(const grid *g, const lanes value, codes code) {
@@ -72,7 +78,7 @@ static void at_scale(const grid *g, const lanes *restrict w, const lanes *restri
         EACH square[l] += second[l] ? sums[1][2][l] : sums[0][2][l];
     }
     EACH p->loss[l] *= scale[l] * scale[l];
-    EACH least_squares[l] = scale[l] * product[l] / fmaxf(square[l], FLT_MIN);
+    EACH least_squares[l] = scale[l] * product[l] / larger(square[l], FLT_MIN);
 }
 
 static void take_pick(pick *restrict p, const pick *restrict other, int size) {
@@ -96,7 +102,7 @@ static void search(const grid *g, const lanes *w, const lanes *a, int size, cons
     memset(p, 0, sizeof *p);
     EACH largest[l] = 0;
     for (int k = 0; k < size; k++) EACH {
-        largest[l] = fmaxf(largest[l], fabsf(w[k][l]));
+        largest[l] = larger(largest[l], fabsf(w[k][l]));
         p->loss[l] += a[k][l] * w[k][l] * w[k][l];
     }
     for (int s = 0; s < n_starts; s++) {
@@ -268,7 +274,7 @@ static void best(const grid *g, const lanes *target, int size, const float *u, i
     lanes white[MAX_GROUP], level[MAX_GROUP], value, product, square, nothing;
     lanes largest;
     EACH largest[l] = 0;
-    for (int k = 0; k < size; k++) EACH largest[l] = fmaxf(largest[l], fabsf(target[k][l]));
+    for (int k = 0; k < size; k++) EACH largest[l] = larger(largest[l], fabsf(target[k][l]));
     EACH c->loss[l] = INFINITY;
     EACH c->code[l] = 1;
     for (int s = 0; s < n_starts; s++) {
@@ -285,7 +291,7 @@ static void best(const grid *g, const lanes *target, int size, const float *u, i
         EACH square[l] += level[k][l] * level[k][l];
         EACH nothing[l] += white[k][l] * white[k][l];
     }
-    EACH value[l] = product[l] / fmaxf(square[l], FLT_MIN);
+    EACH value[l] = product[l] / larger(square[l], FLT_MIN);
     codes refined, found;
     scale_codes(g, value, refined);
     memcpy(found, c->code, sizeof found);

@@ -1,0 +1,73 @@
+"""Mixed precision by measurement: for every matrix the type that, for a size of all together, leaves the least predicted KL divergence.
+
+A tensor's part in the divergence is `tr(O (W - Q) H (W - Q)^T) / 2` (see `hessian`), measured by quantizing it as each type.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gguf import GGMLQuantizationType as T
+
+# Smallest first. Types between these cost more error for their bytes than a mixture of their neighbours.
+CANDIDATES = (T["AAAC4_G128"], T["AAAC4_G32"], T["AAAC4_G16"], T.Q5_K, T.Q6_K, T.Q8_0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One type that a tensor can have: its bytes, and the KL divergence that it is predicted to cause."""
+
+    type: T
+    n_bytes: int
+    loss: float
+
+
+def choose(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice] | None:
+    """One choice for each tensor, the least sum of losses found for at most `budget` bytes; None where even the smallest are too many.
+
+    Steps along each tensor's lower convex hull, taken in the order of loss saved per byte, are the best for every size that they pass; what is left
+    of the budget at the end goes to the single changes that save most and still fit.
+    """
+    hulls = {name: _hull(options) for name, options in choices.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - sum(choice.n_bytes for choice in chosen.values())
+    if left < 0:
+        return None
+    # Ahead of every tensor its next step; ties go by name.
+    steps = [(_slope(hull[0], hull[1]), name, 1) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name, i = heapq.heappop(steps)
+        hull = hulls[name]
+        extra = hull[i].n_bytes - chosen[name].n_bytes
+        if extra > left:
+            continue
+        chosen[name], left = hull[i], left - extra
+        if i + 1 < len(hull):
+            heapq.heappush(steps, (_slope(hull[i], hull[i + 1]), name, i + 1))
+    while True:
+        fitting = [(option.loss - chosen[name].loss, name, option) for name, options in choices.items() for option in options
+                   if option.n_bytes - chosen[name].n_bytes <= left]  # fmt: skip
+        saved, name, option = min(fitting, key=lambda item: item[:2])
+        if saved >= 0:
+            return chosen
+        left -= option.n_bytes - chosen[name].n_bytes
+        chosen[name] = option
+
+
+def _slope(a: Choice, b: Choice) -> float:
+    return (b.loss - a.loss) / (b.n_bytes - a.n_bytes)
+
+
+def _hull(options: Sequence[Choice]) -> list[Choice]:
+    """The options on the lower convex hull of loss over bytes, from the smallest to the one of least loss."""
+    hull: list[Choice] = []
+    for option in sorted(options, key=lambda o: (o.n_bytes, o.loss)):
+        if hull and option.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
