@@ -26,8 +26,8 @@ SCALE_STARTS = {16: (1.0, 1.16, 1.08, 0.94, 1.24, 0.88), 32: (1.0, 1.12, 0.94, 0
 CELLS_PER_UNIT = 8
 _CELLS = 256 * CELLS_PER_UNIT
 
-# Weights per chunk: small enough on a CPU for every temporary to stay in the second-level cache, large enough on a GPU to fill it.
-_CHUNK_WEIGHTS = {"cpu": 1 << 16, "cuda": 1 << 22}
+# Weights per chunk: large enough that starting threads or kernels costs nothing, small enough for its temporaries not to matter.
+_CHUNK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 
 def row_chunks(rows: Tensor) -> list[slice]:
@@ -96,6 +96,12 @@ class Encoded:
 def decode(encoded: Encoded, grid: Grid) -> Tensor:
     """Weights float32 [N, K]; bit for bit `format.decode`."""
     n_rows, n_per_row = encoded.indices.shape
+    if grid.compiled:
+        out = torch.empty(n_rows, n_per_row)
+        n_groups = encoded.scale_codes.numel()
+        parts = (t.contiguous() for t in (encoded.indices, encoded.selectors, encoded.scale_codes))
+        grid.compiled.call("aaac_decode", n_groups, out.numel() // n_groups, grid.levels.contiguous(), grid.levels.shape[1], *parts, out)
+        return out
     codebook = encoded.selectors.long().repeat_interleave(SELECTOR_SIZE, 1)
     levels = grid.levels.reshape(-1)[codebook * grid.levels.shape[1] + encoded.indices.long()]
     scales = grid.scales[encoded.scale_codes.long()]

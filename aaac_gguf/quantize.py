@@ -56,7 +56,7 @@ class _Source:
     def __init__(self, weight: Tensor, importance: Tensor, unit: float, by_magnitude: bool):
         self.weight, self.importance, self.unit, self.by_magnitude = weight, importance, unit, by_magnitude
         flat = weight.reshape(-1, weight.shape[-1])
-        self.mean_square = torch.cat([(flat[rows] / unit).square().mean(1) for rows in row_chunks(flat)])
+        self.mean_square = (torch.linalg.vector_norm(flat, dim=1) / unit).square() / flat.shape[1]
 
     def rows(self, expert: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Weights float32 [n, K] and their error weights, broadcastable to them."""
@@ -198,7 +198,7 @@ def _normalised(importance: Tensor | None, n_experts: int, n_per_row: int, devic
 
 
 def _weighted_square(values: Tensor, weight: Tensor) -> float:
-    return float(torch.linalg.vecdot(values * weight, values).double().sum())
+    return float((values.square() @ weight).double().sum())
 
 
 def _pack(qtype: AaacType, encoded: Encoded) -> NDArray[np.uint8]:

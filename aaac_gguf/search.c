@@ -149,6 +149,19 @@ void aaac_search(const grid *g, int64_t n, int64_t size, const float *w, const f
     }
 }
 
+// encode.decode: levels [2][n_levels]; index, out [n][size]; second [n][size / 16]; code [n].
+void aaac_decode(const grid *g, int64_t n, int64_t size, const float *levels, int64_t n_levels, const uint8_t *index, const uint8_t *second,
+                 const int32_t *code, float *out) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < n; i++) {
+        const float scale = g->scales[code[i]];
+        for (int64_t k = 0; k < size; k += RUN) {
+            const float *book = levels + second[(i * size + k) / RUN] * n_levels;
+            for (int j = 0; j < RUN; j++) out[i * size + k + j] = scale * book[index[i * size + k + j]];
+        }
+    }
+}
+
 // codebook._lloyd_sums: sums [2][32] += a s^2 x and a s^2 by codebook and index. In slices that do not depend on the number of threads.
 void aaac_lloyd_sums(const grid *g, int64_t n, int64_t size, const float *w, const float *a, const float *starts, int64_t n_starts, double *sums) {
     enum { SLICES = 16 };
