@@ -99,7 +99,8 @@ def decode(encoded: Encoded, grid: Grid) -> Tensor:
     if grid.compiled:
         out = torch.empty(n_rows, n_per_row)
         n_groups = encoded.scale_codes.numel()
-        parts = (t.contiguous() for t in (encoded.indices, encoded.selectors, encoded.scale_codes))
+        kinds = (encoded.indices, torch.uint8), (encoded.selectors, torch.uint8), (encoded.scale_codes, torch.int32)
+        parts = (t.to(dtype).contiguous() for t, dtype in kinds)
         grid.compiled.call("aaac_decode", n_groups, out.numel() // n_groups, grid.levels.contiguous(), grid.levels.shape[1], *parts, out)
         return out
     codebook = encoded.selectors.long().repeat_interleave(SELECTOR_SIZE, 1)
