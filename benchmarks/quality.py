@@ -22,13 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
 from aaac_gguf import calibrate, checkpoint, codebook, convert, gguf_io, hessian
 from aaac_gguf import format as fmt
 from aaac_gguf.encode import Grid, decode
 from aaac_gguf.feedback import factor, feedback
+from aaac_gguf.kquants import KQUANTS
 from aaac_gguf.quantize import quantize
+from aaac_gguf.stock import STOCK_TYPES
 
 CONTEXT = 512
 IQ4_NL = torch.tensor(codebook._IQ4_NL, dtype=torch.float32)
@@ -184,8 +187,9 @@ def with_feedback(table: Callable[[Layer], Tensor]) -> Method:
     return reconstruct
 
 
-def aaac(qtype: fmt.AaacType, mode: str) -> Method:
-    """Our types as `quantize` makes them."""
+def ours(ggml_type: T, mode: str) -> Method:
+    """A type as `quantize` makes it."""
+    qtype = fmt.TYPES_BY_ID.get(ggml_type) or STOCK_TYPES.get(ggml_type) or KQUANTS[ggml_type]
 
     def reconstruct(layer: Layer, seed: int) -> Tensor:
         given: dict[str, Any] = {
@@ -195,7 +199,7 @@ def aaac(qtype: fmt.AaacType, mode: str) -> Method:
             "columns and rows": {"hessian": layer.moments.inputs, "outputs": layer.moments.outputs},
         }[mode]
         q = quantize(layer.weight, qtype, seed=seed, **given)
-        return torch.from_numpy(fmt.decode(qtype, q.data, q.codec))
+        return torch.from_numpy(gguf_io.dequantize(q.data, ggml_type, q.codec))
 
     return reconstruct
 
@@ -208,15 +212,17 @@ def methods() -> Iterator[tuple[str, float, Method]]:
     yield "AWQ INT4 g128", 4.125, awq
     yield "GPTQ INT4 g128", 4.125, gptq
     yield "LO-BCQ", 4 + 4 / 8 + 8 / 64, lobcq
-    yield "paper, G16", 4.5, aaac(fmt.G16, "paper")
+    yield "paper, G16", 4.5, ours(T["AAAC4_G16"], "paper")
     yield "INT4 g16, feedback", 4.4375, with_feedback(lambda _: INT4)
     yield "FP4 g16, feedback", 4.4375, with_feedback(lambda _: FP4)
     yield "IQ4_NL table g16, feedback", 4.4375, with_feedback(lambda _: IQ4_NL)
     yield "one codebook g16, feedback", 4.4375, with_feedback(one_fitted)
-    for qtype in fmt.TYPES.values():
-        yield f"{qtype.name}, importance", qtype.bits_per_weight, aaac(qtype, "importance")
-        yield f"{qtype.name}, columns", qtype.bits_per_weight, aaac(qtype, "columns")
-        yield f"{qtype.name}", qtype.bits_per_weight, aaac(qtype, "columns and rows")
+    for name, qtype in fmt.TYPES.items():
+        yield f"{name}, importance", qtype.bits_per_weight, ours(T[name], "importance")
+        yield f"{name}, columns", qtype.bits_per_weight, ours(T[name], "columns")
+        yield name, qtype.bits_per_weight, ours(T[name], "columns and rows")
+    for stock, bits in ((T.Q4_0, 4.5), (T.IQ4_NL, 4.5), (T.Q5_K, 5.5), (T.Q6_K, 6.5625)):
+        yield f"{stock.name}, feedback", bits, ours(stock, "columns and rows")
 
 
 @torch.inference_mode()
