@@ -31,6 +31,8 @@ def check(source: Path) -> dict[str, Any]:
         for name in names:
             if not (source / name).is_file():
                 raise AaacError(f"{source / name}: is listed in {index.name} and missing; download it")
+    if not any(next(source.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
+        raise AaacError(f"{source}: has no *.safetensors files; give the folder of a Hugging Face model with its weights")
     for path in sorted(source.glob("*.safetensors")):
         try:
             with safe_open(path, framework="np"):
@@ -38,6 +40,17 @@ def check(source: Path) -> dict[str, Any]:
         except (SafetensorError, OSError) as e:
             raise AaacError(f"{path}: damaged or cut short ({e}); download it again") from None
     return config
+
+
+def left_out(source: Path) -> str:
+    """What of a source's model does not go into the file, in one line; empty if all does."""
+    if not source.is_dir():
+        return ""
+    config = _read_json(source / "config.json")
+    parts = [part for part in ("vision", "audio") if any(f"{part}_{kind}" in config for kind in ("config", "tower", "encoder"))]
+    if not parts:
+        return ""
+    return f"the {' and '.join(parts)} part is left alone: make its mmproj file with llama.cpp's convert_hf_to_gguf.py --mmproj and use it as it is"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -61,7 +74,7 @@ def load_model(source: Path, device: str = "cpu") -> Any:
         # Experts one product at a time, so that each product's input can be seen.
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, experts_implementation="eager")
     except Exception as e:  # transformers raises whatever the model's own code raises
-        raise AaacError(f"{source}: transformers cannot load it ({_one_line(e)}); calibrate with --imatrix, or --calib none") from None
+        raise AaacError(f"{source}: transformers cannot load it ({one_line(e)}); calibrate with --imatrix, or --calib none") from None
     return model.to(device).eval()
 
 
@@ -71,7 +84,7 @@ def load_tokenizer(source: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
     except Exception as e:
-        raise AaacError(f"{source}: transformers cannot load the tokenizer ({_one_line(e)}); calibrate with --calib self or --imatrix") from None
+        raise AaacError(f"{source}: transformers cannot load the tokenizer ({one_line(e)}); calibrate with --calib self or --imatrix") from None
 
 
 def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collection[str]) -> list[str]:
@@ -90,5 +103,6 @@ def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collec
     return [f"{stem}.weight" for stem in dict.fromkeys(stems) if f"{stem}.weight" in present]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The first line of an exception's message, or its name."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     p = verbs.add_parser("convert", help="quantize a Hugging Face folder or a full-precision GGUF")
-    p.add_argument("source", type=Path, metavar="SRC", help="Hugging Face model folder, or full-precision GGUF file")
+    p.add_argument("source", metavar="SRC", help="Hugging Face model folder, full-precision GGUF file (any shard of a split one), "
+                   "or a model on the Hugging Face Hub: hf://OWNER/NAME, or OWNER/NAME where no such path exists")  # fmt: skip
     p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
     p.add_argument("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128; "
                    "Q4_0, IQ4_NL, Q8_0, which stock llama.cpp runs; BF16, F16, F32")  # fmt: skip
@@ -57,12 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-feedback", action="store_true", help="round by importance alone, without error feedback: faster, less exact")
     p.add_argument("--seed", type=int, default=0, help="for sampled tokens and for the groups that codebooks are fitted to (default 0)")
     p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    p.add_argument("--split-max-size", type=_size, metavar="N(M|G)", help="write files of at most so many bytes of tensor data: 500M, 2G")
+    p.add_argument("--resume", action="store_true", help="continue the same conversion after it was interrupted")
     p.add_argument("--dry-run", action="store_true", help="print the plan and the exact size, write nothing")
     p.set_defaults(run=_convert)
 
     p = verbs.add_parser("verify", help="check a file's structure, its tensors against the source, and llama.cpp's logits")
     p.add_argument("file", type=Path, metavar="FILE.gguf")
-    p.add_argument("--source", type=Path, metavar="SRC", help="what the file was made from; without it only the structure is checked")
+    p.add_argument("--source", metavar="SRC", help="what the file was made from; without it only the structure is checked")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to compare logits on (default: the sample that ships with aaac-gguf)")
     p.add_argument("--imatrix", type=Path, metavar="FILE", help="weight tensor errors by this importance, where the source is a GGUF")
     p.add_argument("--gpu", action="store_true", help="decode every tensor on the GPU as well (needs CuPy) and compare it to the bit")
@@ -103,14 +106,22 @@ def _positive(text: str) -> int:
     return value
 
 
+def _size(text: str) -> int:
+    number, unit = text[:-1], {"M": 10**6, "G": 10**9}.get(text[-1:])
+    if not (unit and number.isdecimal() and int(number)):
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of M or G (10^6, 10^9 bytes), for example 2G")
+    return int(number) * unit
+
+
 def _convert(args: argparse.Namespace) -> None:
-    from . import convert, plan, report
+    from . import convert, plan, report, source
 
     if args.calib and args.imatrix:
         raise AaacError("--calib and --imatrix: give one of them")
+    path = source.locate(args.source)
     ggml_type = plan.parse_type(args.type, "--type")
     # Nobody waits for a calibration who only asked for 8 or 16 bits.
-    calib = args.calib or ("none" if args.source.is_file() or ggml_type in (*plan.PLAIN_TYPES, plan.T.Q8_0) else "self")
+    calib = args.calib or ("none" if path.is_file() or ggml_type in (*plan.PLAIN_TYPES, plan.T.Q8_0) else "self")
     settings = convert.Settings(
         type=ggml_type,
         overrides=[plan.parse_override(text) for text in args.tensor_type],
@@ -119,18 +130,19 @@ def _convert(args: argparse.Namespace) -> None:
         method=args.method,
         feedback=not args.no_feedback,
         device=args.device,
+        split_max_size=args.split_max_size,
     )
     if args.dry_run:
-        print(report.plan_text(*convert.dry_run(args.source, args.output, settings)))
+        print(report.plan_text(*convert.dry_run(path, args.output, settings)))
     else:
-        print(report.convert_text(args.output, convert.convert(args.source, args.output, settings)))
+        print(report.convert_text(convert.convert(path, args.output, settings, args.resume)))
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from . import demo, gguf_io, kernels, report, verify
+    from . import demo, gguf_io, kernels, report, source, verify
 
     differences = kernels.compare_file(gguf_io.read(args.file)) if args.gpu else []
-    result = verify.verify(args.file, args.source, args.text or demo.SAMPLE_TEXT, args.imatrix)
+    result = verify.verify(args.file, args.source and source.locate(args.source), args.text or demo.SAMPLE_TEXT, args.imatrix)
     result.failures += differences
     print(report.verification_text(result))
     return 1 if result.failures else 0

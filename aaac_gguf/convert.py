@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import resource
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +22,19 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType, LlamaFileType
 from tqdm import tqdm
 
-from . import __version__, calibrate, checkpoint, llama
+from . import __version__, calibrate, checkpoint
 from . import format as fmt
 from .errors import AaacError
 from .feedback import DAMPING
-from .gguf_io import GgufFile, Metadata, TensorInfo, Value, alignment, atomic, codec_values, dequantize, field_values, read, render_header
+from .gguf_io import PARTIAL, GgufFile, TensorInfo, Value, dequantize, field_values, read, write
 from .hessian import Moments, collect, in_rows_of, passes, with_random
-from .imatrix import Imatrix, read_imatrix, sha256
+from .imatrix import Coverage, Imatrix, read_imatrix, sha256
 from .kquants import KQUANTS, quantize_rounded
 from .plan import Override, TensorPlan, make_plan
 from .quantize import Method, quantize
+from .source import check_weights, full_precision, load_weight
 from .stock import STOCK_TYPES
+from .writer import Journal, Record, Shard, check_space, codecs_of, shards, write_shards
 
 # general.file_type, what llama.cpp prints as the model's type. For AAAC types it is the type id, in the patch's llama_ftype too.
 FILE_TYPES = {
@@ -42,10 +47,6 @@ FILE_TYPES = {
     T.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
     **{T[name]: qtype.type_id for name, qtype in fmt.TYPES.items()},
 }
-
-# Stands in for codecs that are not fitted yet: a header has the same size with any codec.
-BLANK_CODEC = fmt.Codec(np.tile(np.arange(-8, 8, dtype=np.int8), (2, 1)), 1.0, 2)
-
 
 # What the sums of second moments may take at a time; a model whose matrices need more is run several times.
 MOMENTS_BYTES = {"cpu": 4 << 30, "cuda": 32 << 30}
@@ -73,6 +74,7 @@ class Settings:
     method: Method = "aaac"
     feedback: bool = True
     device: str = "cpu"
+    split_max_size: int | None = None  # bytes of tensor data per file; None for one file
 
     def feeds_back(self, inputs: Inputs) -> bool:
         """Error feedback needs second moments, and those a model that runs."""
@@ -92,82 +94,111 @@ class TensorReport:
 class Report:
     """What a conversion made, and what calibration did not reach."""
 
-    n_bytes: int
+    files: list[Path]
     tensors: list[TensorReport]
-    not_covered: list[str]
+    coverage: Coverage | None  # None without calibration
     seconds: float
+    peak_bytes: int  # of memory, in this process or in llama.cpp's converter, whichever took more
     damped: list[str]  # tensors whose Hessian needed more damping than usual: too few tokens, or channels that never vary
+    left_out: str = ""  # what of the source is in no file
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
 
 
-@contextmanager
-def full_precision(source: Path, scratch: Path, header_only: bool = False) -> Iterator[GgufFile]:
-    """The full-precision GGUF of a checkpoint folder or of a GGUF file. A folder's is made in `scratch` and removed after use."""
-    if source.is_file():
-        yield read(source)
-        return
-    config = checkpoint.check(source)
-    dtype = str(config.get("dtype", config.get("torch_dtype", "")))
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
-        out = Path(folder) / "source.gguf"
-        llama.convert_hf(source, out, "f32" if dtype == "float32" else "auto", header_only)
-        yield read(out)
+def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -> Report:
+    """Quantize `source` into `out`; with `resume`, continue a conversion that was interrupted, to the same bytes.
 
-
-def convert(source: Path, out: Path, settings: Settings) -> Report:
-    """Quantize `source` into `out`. Raises AaacError for bad input, before anything slow where that is possible, and leaves no file behind."""
+    Raises AaacError for bad input, before anything slow where that is possible. What is finished when an error or an interruption ends it stays for
+    `resume` in files with `.partial` in their names; nothing else stays.
+    """
     start = time.monotonic()
     check_output(out)
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise AaacError(f"--device {settings.device}: torch finds no CUDA device here; use --device cpu")
-    # In the first seconds: everything that can be refused without reading the weights.
-    with full_precision(source, out.parent, header_only=True) as header:
-        plans, quantized, inputs = outline(source, header, settings)
-    with full_precision(source, out.parent) as file:
-        check_finite(file)
-        imatrix, moments = measure(source, file, inputs, settings, quantized)
-        metadata = output_metadata(file, settings, inputs, quantized)
-        codecs = blank_codecs(plans)
-        reports: list[TensorReport] = []
-        damped: list[str] = []
+    with Journal(out, resume) as journal, scratch_folder(out) as scratch:
+        # In the first seconds: everything that can be refused without reading the weights.
+        with full_precision(source, scratch, header_only=True) as header:
+            plans, quantized, inputs = outline(source, header, settings)
+            layout = shards(out, output_metadata(header, settings, inputs, quantized), [p.info for p in plans], settings.split_max_size)
+            check_space(out, layout_bytes(layout), header.n_bytes if source.is_dir() else 0, journal)
+            fingerprint = fingerprint_of(settings, inputs, plans)
+            journal.check(fingerprint)
+        with full_precision(source, scratch) as file:
+            journal.start({**fingerprint, "source": check_weights(file)}, layout)
+            imatrix, moments = measure(source, file, inputs, settings, quantized)
+            by_name = {p.name: p for p in plans}
 
-        def encode(plan: TensorPlan) -> Any:
-            tensor = file.tensors[plan.name]
-            if plan.type == plan.source_type:
-                return np.ascontiguousarray(tensor.data)
-            weight = load_weight(file, plan.name, settings.device)
-            if plan.name not in quantized:
-                return encode_stock(weight, plan.type)
-            entry = imatrix.entries.get(plan.name)
-            importance = torch.from_numpy(entry.importance()).to(settings.device) if entry else None
-            seen = moments.of(plan.name, weight) if moments else None
-            if plan.type in (T.Q8_0, T.Q4_0) and not seen:
-                # Importance changes next to nothing at 8 bits, and Q4_0's own rounding may turn a block's sign round, which the search does not.
-                return encode_stock(weight, plan.type)
-            hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
-            qtype = fmt.TYPES_BY_ID.get(plan.type) or STOCK_TYPES[plan.type]
-            method = settings.method if plan.type in fmt.TYPES_BY_ID else "aaac"
-            result = quantize(weight, qtype, importance, hessian, outputs, method=method, seed=settings.calibration.seed)
-            if result.codec:
-                codecs[plan.name] = result.codec
-            if result.damping > DAMPING:
-                damped.append(plan.name)
-            reports.append(TensorReport(plan, result.relative_error, result.weighted_error))
-            return result.data
+            def encode(info: TensorInfo) -> tuple[Any, Record | None]:
+                file.release()
+                return encode_tensor(file, by_name[info.name], settings, imatrix if info.name in quantized else None, moments)
 
-        write_gguf(out, metadata, plans, encode, codecs)
-    # At 8 bits it makes no difference worth a word.
-    low_bit = [p.name for p in plans if p.name in quantized and p.type != T.Q8_0]
-    not_covered = imatrix.not_covered(low_bit) if inputs.description["source"] != "none" else []
-    return Report(out.stat().st_size, reports, not_covered, time.monotonic() - start, damped)
+            write_shards(layout, journal, encode)
+    coverage = None
+    if inputs.description["source"] != "none":
+        # At 8 bits it makes no difference worth a word.
+        coverage = imatrix.coverage({p.name: p.n_weights for p in plans if p.name in quantized and p.type != T.Q8_0})
+    records = {name: record for name, record in journal.records.items() if record}
+    return Report(
+        files=[shard.path for shard in layout],
+        tensors=[TensorReport(by_name[name], r.relative_error, r.weighted_error) for name, r in records.items()],
+        coverage=coverage,
+        seconds=time.monotonic() - start,
+        peak_bytes=1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
+        damped=[name for name, record in records.items() if record.damping > DAMPING],
+        left_out=checkpoint.left_out(source),
+    )
+
+
+def encode_tensor(
+    file: GgufFile, plan: TensorPlan, settings: Settings, imatrix: Imatrix | None, moments: MomentsByTensor | None
+) -> tuple[Any, Record | None]:
+    """The data of one tensor of the output, and what the search says of it; without an `imatrix` there is no search."""
+    if plan.type == plan.source_type:
+        return file.tensors[plan.name].data, None
+    weight = load_weight(file, plan.name, settings.device)
+    if imatrix is None:
+        return encode_stock(weight, plan.type), None
+    entry = imatrix.entries.get(plan.name)
+    importance = torch.from_numpy(entry.importance()).to(settings.device) if entry else None
+    seen = moments.of(plan.name, weight) if moments else None
+    if plan.type in (T.Q8_0, T.Q4_0) and not seen:
+        # Importance changes next to nothing at 8 bits, and Q4_0's own rounding may turn a block's sign round, which the search does not.
+        return encode_stock(weight, plan.type), None
+    hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
+    qtype = fmt.TYPES_BY_ID.get(plan.type) or STOCK_TYPES[plan.type]
+    method = settings.method if plan.type in fmt.TYPES_BY_ID else "aaac"
+    result = quantize(weight, qtype, importance, hessian, outputs, method=method, seed=settings.calibration.seed)
+    return result.data, Record(result.codec, result.relative_error, result.weighted_error, result.damping)
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A folder beside the output for the full-precision GGUF, under a name by which the next conversion removes what a killed one left."""
+    folder = out.with_name(f"{out.name}{PARTIAL}.source")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fingerprint_of(settings: Settings, inputs: Inputs, plans: Sequence[TensorPlan]) -> dict[str, Any]:
+    """What the result depends on besides the source's weights: a conversion that resumes must agree with the interrupted one."""
+    named = {field.name: str(getattr(settings, field.name)) for field in fields(settings) if field.name != "calibration"}
+    return {
+        "version": f"aaac-gguf {__version__}, torch {torch.__version__}",
+        **named,
+        "calibration": {**inputs.description, "seed": settings.calibration.seed},
+        "plan": hashlib.sha256(repr([(p.name, p.shape, p.type) for p in plans]).encode()).hexdigest(),
+    }
 
 
 def searched(plans: Sequence[TensorPlan]) -> list[str]:
     """The tensors that are rounded by search, and so are worth calibrating for."""
     return [p.name for p in plans if (p.type in fmt.TYPES_BY_ID or p.type in STOCK_TYPES) and p.type != p.source_type]
-
-
-def blank_codecs(plans: Sequence[TensorPlan]) -> dict[str, fmt.Codec]:
-    return {p.name: BLANK_CODEC for p in plans if p.type in fmt.TYPES_BY_ID}
 
 
 @dataclass(frozen=True)
@@ -183,10 +214,10 @@ def outline(source: Path, header: GgufFile, settings: Settings) -> tuple[list[Te
     """The plan, the tensors that are rounded by search, and the calibration input, of which there is none where nothing is searched."""
     plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
     quantized = searched(plans)
-    return plans, quantized, prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
+    return plans, quantized, prepare(source, header, settings.calibration, settings.device) if quantized else Inputs({"source": "none"})
 
 
-def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
+def prepare(source: Path, header: GgufFile, calibration: Calibration, device: str) -> Inputs:
     """Check and read the calibration input. Raises AaacError for text that is too short, an imatrix of another model, and so on."""
     if calibration.imatrix:
         imatrix = read_imatrix(calibration.imatrix)
@@ -198,6 +229,12 @@ def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
     if source.is_file():
         raise AaacError(
             f"--calib {calibration.source}: needs a Hugging Face folder to run, and {source} is a GGUF file; use --imatrix, or --calib none"
+        )
+    n_bytes, memory = 4 * sum(t.n_elements for t in header.tensors.values()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device == "cpu" and n_bytes > memory:
+        raise AaacError(
+            f"--calib {calibration.source}: to run the model takes {n_bytes / 2**30:.1f} GiB of memory and this machine has {memory / 2**30:.1f}; "
+            "use --imatrix or --calib none, which run nothing"
         )
     n, length = calibration.n_sequences, calibration.sequence_length
     if calibration.source == "self":
@@ -262,25 +299,6 @@ def check_output(out: Path) -> None:
         raise AaacError(f"{out}: {out.parent} cannot be written; choose another output")
 
 
-def check_finite(file: GgufFile) -> None:
-    """Raise AaacError that names the first tensor with NaN or Inf."""
-    for name in tqdm(file.tensors, desc="checking weights", unit="tensor", disable=None, leave=False):
-        if file.tensors[name].tensor_type in (T.F32, T.F16, T.BF16) and not torch.isfinite(_stored(file, name)).all():
-            raise AaacError(f"{file.path}: tensor {name} holds NaN or Inf; the checkpoint is broken, download it again")
-
-
-def _stored(file: GgufFile, name: str) -> torch.Tensor:
-    """A floating-point tensor in its own dtype, memory-mapped."""
-    tensor = file.tensors[name]
-    data = torch.from_numpy(np.asarray(tensor.data))
-    return data.view(torch.bfloat16) if tensor.tensor_type == T.BF16 else data
-
-
-def load_weight(file: GgufFile, name: str, device: str) -> torch.Tensor:
-    """Float32 weights [..., K] of a full-precision tensor on `device`."""
-    return _stored(file, name).to(device).float()
-
-
 def encode_stock(weight: torch.Tensor, ggml_type: T) -> np.ndarray:
     """The data of a type that every llama.cpp reads."""
     if ggml_type in KQUANTS:
@@ -300,65 +318,39 @@ def output_metadata(file: GgufFile, settings: Settings, inputs: Inputs, quantize
     return metadata
 
 
-def dry_run(source: Path, out: Path, settings: Settings) -> tuple[list[TensorPlan], int]:
-    """The plan and the exact bytes of the file that `convert` would write."""
+def dry_run(source: Path, out: Path, settings: Settings) -> tuple[list[TensorPlan], int, int]:
+    """The plan, the exact bytes that `convert` would write, and in how many files."""
     check_output(out)
-    with full_precision(source, out.parent, header_only=True) as header:
+    with tempfile.TemporaryDirectory(prefix="aaac-") as scratch, full_precision(source, Path(scratch), header_only=True) as header:
         plans, quantized, inputs = outline(source, header, settings)
-        metadata = output_metadata(header, settings, inputs, quantized)
-        return plans, file_bytes(metadata, [p.info for p in plans], blank_codecs(plans))
+        layout = shards(out, output_metadata(header, settings, inputs, quantized), [p.info for p in plans], settings.split_max_size)
+        return plans, layout_bytes(layout), len(layout)
 
 
-def file_bytes(metadata: Metadata, tensors: Sequence[TensorInfo], codecs: Mapping[str, fmt.Codec]) -> int:
-    """The size of the GGUF that `write_gguf` makes of these."""
-    align = alignment(metadata)
-    return len(_header(metadata, tensors, codecs)) + sum(t.n_bytes + -t.n_bytes % align for t in tensors)
-
-
-def _header(metadata: Metadata, tensors: Sequence[TensorInfo], codecs: Mapping[str, fmt.Codec]) -> bytes:
-    return render_header({**metadata, **(codec_values(codecs) if codecs else {})}, tensors)
-
-
-def write_gguf(
-    out: Path, metadata: Metadata, plans: Sequence[TensorPlan], encode: Callable[[TensorPlan], Any], codecs: Mapping[str, fmt.Codec]
-) -> None:
-    """Write a GGUF tensor by tensor. `encode` returns one tensor's data and may fill in its entry of `codecs`, which keeps the header's size."""
-    infos = [p.info for p in plans]
-    align = alignment(metadata)
-    header = _header(metadata, infos, codecs)
-    bar = tqdm(total=sum(p.n_weights for p in plans), desc="quantizing", unit="weight", unit_scale=True, disable=None, leave=False)
-    with bar, atomic(out) as f:
-        f.write(header)
-        for plan in plans:
-            data = encode(plan)
-            if data.nbytes != plan.n_bytes:
-                raise AssertionError(f"tensor {plan.name} takes {data.nbytes} bytes, planned {plan.n_bytes}")
-            f.write(memoryview(data).cast("B"))
-            f.write(bytes(-plan.n_bytes % align))
-            bar.update(plan.n_weights)
-        final = _header(metadata, infos, codecs)
-        assert len(final) == len(header)
-        f.seek(0)
-        f.write(final)
+def layout_bytes(layout: Sequence[Shard]) -> int:
+    """The size of all files together."""
+    codecs = codecs_of([t for shard in layout for t in shard.tensors], {})
+    return sum(shard.n_bytes(codecs) for shard in layout)
 
 
 def dequantize_file(source: Path, out: Path, ggml_type: T) -> int:
     """Write the decoded weights of `source` as F32, F16 or BF16, a file that stock llama.cpp runs. Returns its bytes."""
     check_output(out)
     file = read(source)
-    plans = []
+    infos = []
     for name, tensor in file.tensors.items():
         shape = tuple(int(n) for n in reversed(tensor.shape))
         floating = tensor.tensor_type not in (T.I8, T.I16, T.I32, T.I64, T.F64)
         wanted = (ggml_type if len(shape) > 1 else T.F32) if floating else tensor.tensor_type
-        plans.append(TensorPlan(name, shape, tensor.tensor_type, wanted, ""))
+        infos.append(TensorInfo(name, shape, wanted))
 
-    def decode(plan: TensorPlan) -> Any:
-        tensor = file.tensors[plan.name]
-        if plan.type == plan.source_type:
-            return np.ascontiguousarray(tensor.data)
-        return encode_stock(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type, file.codecs.get(plan.name))), plan.type)
+    def decode(info: TensorInfo) -> Any:
+        file.release()
+        tensor = file.tensors[info.name]
+        if info.type == tensor.tensor_type:
+            return tensor.data
+        return encode_stock(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type, file.codecs.get(info.name))), info.type)
 
-    settings = Settings(type=ggml_type)
-    write_gguf(out, output_metadata(file, settings, Inputs({"source": "none"}), []), plans, decode, {})
+    metadata = output_metadata(file, Settings(type=ggml_type), Inputs({"source": "none"}), [])
+    write(out, metadata, infos, (decode(info) for info in tqdm(infos, desc="decoding", unit="tensor", disable=None, leave=False)))
     return out.stat().st_size

@@ -34,7 +34,7 @@ def run(folder: Path) -> int:
     calibration = convert.Calibration()
     full, aaac = folder / "demo-F16.gguf", folder / "demo-AAAC4_G16.gguf"
     convert.convert(MODEL, full, convert.Settings(type=T.F16))
-    print(report.convert_text(aaac, convert.convert(MODEL, aaac, convert.Settings(calibration=calibration))))
+    print(report.convert_text(convert.convert(MODEL, aaac, convert.Settings(calibration=calibration))))
 
     print("\n3/5 verify: structure, tensors, logits of patched llama.cpp against transformers with the decoded weights")
     result = verify.verify(aaac, MODEL, SAMPLE_TEXT)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,10 @@ from . import format as fmt
 from .errors import AaacError
 
 PARTIAL = ".partial"
+
+# One model in several files, named and numbered as llama.cpp does it: MODEL-00001-of-00003.gguf.
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = gguf.Keys.Split.LLM_KV_SPLIT_NO, gguf.Keys.Split.LLM_KV_SPLIT_COUNT, gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 class Value(NamedTuple):
@@ -106,12 +112,26 @@ class _Reader(gguf.GGUFReader):
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An open GGUF: metadata, tensors by name (data memory-mapped), and the codec of every AAAC tensor."""
+    """An open GGUF, of one file or of several: metadata, tensors by name (data memory-mapped), and the codec of every AAAC tensor.
+
+    path      the file, or the first of them, which holds the metadata
+    n_bytes   of all files
+    """
 
     path: Path
     fields: Mapping[str, ReaderField]
     tensors: Mapping[str, ReaderTensor]
     codecs: Mapping[str, fmt.Codec]
+    maps: Sequence[mmap.mmap] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(len(m) for m in self.maps)
+
+    def release(self) -> None:
+        """Drop the tensor data read so far from this process's memory; what is used again is read from the file again."""
+        for m in self.maps:
+            m.madvise(mmap.MADV_DONTNEED)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key, lists for arrays."""
@@ -135,27 +155,62 @@ def dequantize(data: Any, ggml_type: GGMLQuantizationType, codec: fmt.Codec | No
     return gguf.dequantize(np.asarray(data), ggml_type).astype(np.float32, copy=False)
 
 
+def shard_path(path: Path, no: int, count: int) -> Path:
+    """The name of shard `no`, counted from 1, of the model that `path` names."""
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{no:05}-of-{count:05}.gguf")
+
+
 def read(path: str | os.PathLike[str]) -> GgufFile:
-    """Open a GGUF file. Raises AaacError for whatever is not a whole, valid file: see docs/format.md."""
+    """Open a GGUF file, or all shards of a split one by any of them. Raises AaacError for whatever is not a whole, valid file: see docs/format.md."""
     path = Path(path)
     if not path.is_file():
         raise AaacError(f"{path}: no such file; give the path of a GGUF file")
+    name = _SHARD_NAME.fullmatch(path.name)
+    count = int(name["count"]) if name else 1
+    paths = [shard_path(path.with_name(name["stem"]), no, count) for no in range(1, count + 1)] if name and count > 1 else [path]
+    for shard in paths:
+        if not shard.is_file():
+            raise AaacError(f"{shard}: is missing, the model is split into {count} files; put them all into one folder")
+    readers, tensors, codecs = [], {}, {}
     try:
-        reader = _Reader(path, "c")  # copy-on-write: torch warns of arrays that it could not write to
-        tensors = {t.name: t for t in reader.tensors}
-        codecs = _read_codecs(reader)
+        for no, shard in enumerate(paths):
+            path = shard
+            reader = _Reader(shard, "c")  # copy-on-write: torch warns of arrays that it could not write to
+            _check_split(reader, no, len(paths))
+            for t in reader.tensors:
+                if t.name in tensors:
+                    raise AaacError(f"tensor {t.name} is in another shard too")
+                tensors[t.name] = t
+            readers.append(reader)
+        path = paths[0]
+        if len(paths) > 1 and (total := _number(readers[0], SPLIT_TENSORS)) != len(tensors):
+            raise AaacError(f"{SPLIT_TENSORS} is {total}, the {count} files hold {len(tensors)}; they do not belong together")
+        codecs = _read_codecs(readers[0])
     except AaacError as e:
         raise AaacError(f"{path}: {e}") from None
     except OSError as e:
         raise AaacError(f"{path}: cannot be read: {e.strerror or e}") from None
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError) as e:
         raise AaacError(f"{path}: not a whole GGUF file ({e}); download or make it again") from None
-    listed, present = set(codecs), {t.name for t in reader.tensors if t.tensor_type in fmt.TYPES_BY_ID}
+    listed, present = set(codecs), {t.name for t in tensors.values() if t.tensor_type in fmt.TYPES_BY_ID}
     if missing := sorted(present - listed):
         raise AaacError(f"{path}: AAAC tensor {missing[0]} is not in {fmt.KEY_TENSOR_NAMES}; write the file again")
     if extra := sorted(listed - present):
         raise AaacError(f"{path}: {fmt.KEY_TENSOR_NAMES} lists {extra[0]}, which is not an AAAC tensor of this file; write the file again")
-    return GgufFile(path, reader.fields, tensors, codecs)
+    return GgufFile(path, readers[0].fields, tensors, codecs, [reader.data.base for reader in readers])
+
+
+def _number(reader: gguf.GGUFReader, key: str) -> int | None:
+    return int(reader.fields[key].contents()) if key in reader.fields else None
+
+
+def _check_split(reader: gguf.GGUFReader, no: int, count: int) -> None:
+    """Raise AaacError unless this is shard `no`, counted from 0, of `count`."""
+    said = _number(reader, SPLIT_COUNT) or 1
+    if said != count:
+        raise AaacError(f"{SPLIT_COUNT} is {said}, the name says {count}; give the shards the names that llama.cpp gave them, or download them again")
+    if count > 1 and _number(reader, SPLIT_NO) != no:
+        raise AaacError(f"{SPLIT_NO} is {_number(reader, SPLIT_NO)}, the name says {no}; download it again")
 
 
 def _read_codecs(reader: gguf.GGUFReader) -> dict[str, fmt.Codec]:
@@ -187,14 +242,18 @@ class TensorInfo:
     def n_bytes(self) -> int:
         return tensor_bytes(self.shape, self.type)
 
+    @property
+    def n_weights(self) -> int:
+        return tensor_bytes(self.shape, GGMLQuantizationType.I8)
+
 
 def render_header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
     """All that precedes the tensor data, padding included."""
-    arch = str(metadata["general.architecture"].value)
-    writer = gguf.GGUFWriter(None, arch)
-    for key, value in metadata.items():
-        if key != "general.architecture":  # the constructor has written it
-            writer.add_key_value(key, value.value, value.kind, sub_type=value.item_kind)
+    writer = gguf.GGUFWriter(None, "")
+    writer.kv_data[0].clear()  # the constructor has written the architecture, which only the first shard of a split model has
+    architecture = "general.architecture"
+    for key in sorted(metadata, key=lambda key: key != architecture):  # which comes first
+        writer.add_key_value(key, metadata[key].value, metadata[key].kind, sub_type=metadata[key].item_kind)
     if "general.alignment" in metadata:
         writer.data_alignment = alignment(metadata)
     for t in tensors:
@@ -236,6 +295,22 @@ def codec_values(codecs: Mapping[str, fmt.Codec]) -> dict[str, Value]:
     return {fmt.KEY_VERSION: Value(fmt.VERSION, GGUFValueType.UINT32), **arrays}
 
 
+def write(path: Path, metadata: Metadata, tensors: Sequence[TensorInfo], data: Iterable[Any]) -> None:
+    """Write a GGUF with the metadata as it is; `data` gives each tensor's array, in order."""
+    with atomic(path) as f:
+        f.write(render_header(metadata, tensors))
+        for info, values in zip(tensors, data, strict=True):
+            write_tensor(f, info, values, alignment(metadata))
+
+
+def write_tensor(f: BinaryIO, info: TensorInfo, values: Any, align: int) -> None:
+    """Write a tensor's array where `f` stands, and zeros up to the alignment."""
+    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    assert len(raw) == info.n_bytes, f"tensor {info.name} takes {len(raw)} bytes, planned {info.n_bytes}"
+    f.write(raw.data)
+    f.write(bytes(-len(raw) % align))
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under `path` only when the block ends well: written as `path`.partial, then renamed; removed after an error."""
@@ -248,9 +323,14 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     except OSError as e:
         partial.unlink(missing_ok=True)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise AaacError(f"{path}: the disk is full; free space or choose another output") from None
-        raise AaacError(f"{path}: cannot be written: {e.strerror or e}; choose another output") from None
+        raise write_error(path, e) from None
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_error(path: Path, e: OSError) -> AaacError:
+    """What to tell the user of an error while writing `path`."""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return AaacError(f"{path}: the disk is full; free space or choose another output")
+    return AaacError(f"{path}: cannot be written: {e.strerror or e}; choose another output")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import AaacError
 from .format import F32
-from .gguf_io import TensorInfo, Value, atomic, read, render_header
+from .gguf_io import TensorInfo, Value, read, write
 
 SUFFIX_SUMS, SUFFIX_COUNTS = ".in_sum2", ".counts"
 
@@ -29,10 +29,22 @@ class Entry:
     counts: F32
 
     def importance(self) -> F32:
-        """Mean x^2 per channel: float32 [K], or [E, K] for experts. An expert that no token reached gets 1 everywhere."""
-        counts = self.counts[:, None]
-        means = np.where(counts > 0, self.sums / np.maximum(counts, 1), 1).astype(np.float32)
+        """Mean x^2 per channel: float32 [K], or [E, K] for experts.
+
+        An expert that no token reached weighs as much as the mean of those that tokens reached; 1 where they reached none.
+        """
+        reached = self.counts > 0
+        means = np.divide(self.sums, self.counts[:, None], out=np.zeros_like(self.sums), where=reached[:, None])
+        means[~reached] = means[reached].mean() if reached.any() else 1
         return means[0] if len(means) == 1 else means
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What calibration reached: the `share` of the weights, and the tensors that it `missed`, with the experts where it missed only some."""
+
+    share: float
+    missed: list[str]
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,8 @@ class Imatrix:
     def fitted(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Imatrix:
         """The entries of the model whose tensors have `shapes` (numpy order). Raises AaacError for an imatrix of another model.
 
-        Legacy files store an expert tensor's channels in one run [1, E * K]: here they become [E, K].
+        Legacy files store an expert tensor's channels in one run [1, E * K] with one count: here they become [E, K], and an expert of zeros
+        one that no token reached.
         """
         fitted = {}
         for name, entry in self.entries.items():
@@ -56,7 +69,8 @@ class Imatrix:
             shape = shapes[name]
             n_experts = shape[0] if len(shape) == 3 else 1
             if entry.sums.shape == (1, n_experts * shape[-1]):
-                entry = Entry(entry.sums.reshape(n_experts, -1), np.repeat(entry.counts, n_experts))
+                sums = entry.sums.reshape(n_experts, -1)
+                entry = Entry(sums, np.where(sums.any(axis=1), entry.counts, 0).astype(np.float32))
             if entry.sums.shape != (n_experts, shape[-1]):
                 raise AaacError(
                     f"{path}: tensor {name} has {entry.sums.size} channels, the model's has {n_experts * shape[-1]}; is it of another model?"
@@ -68,15 +82,18 @@ class Imatrix:
             raise AaacError(f"{path}: names no tensor of this model; give the imatrix that was made from it")
         return replace(self, entries=fitted)
 
-    def not_covered(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` without an entry, and experts that no token reached as `name (expert i)`."""
-        missing = []
-        for name in names:
-            if name not in self.entries:
-                missing.append(name)
-            elif len(counts := self.entries[name].counts) > 1:
-                missing += [f"{name} (expert {i})" for i in np.flatnonzero(counts == 0)]
-        return missing
+    def coverage(self, sizes: Mapping[str, int]) -> Coverage:
+        """Of the tensors with `sizes` in weights."""
+        reached, missed = 0.0, []
+        for name, n_weights in sizes.items():
+            counts = self.entries[name].counts if name in self.entries else np.zeros(1)
+            idle = np.flatnonzero(counts == 0)
+            reached += n_weights * (1 - len(idle) / len(counts))
+            if len(idle) == len(counts):
+                missed.append(name)
+            elif len(idle):
+                missed.append(f"{name} (expert{'s' * (len(idle) > 1)} {', '.join(map(str, idle))})")
+        return Coverage(reached / max(sum(sizes.values()), 1), missed)
 
 
 def read_imatrix(path: str | Path) -> Imatrix:
@@ -147,11 +164,8 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> None:
     for name, entry in sorted(imatrix.entries.items()):
         for suffix, values in ((SUFFIX_SUMS, entry.sums), (SUFFIX_COUNTS, entry.counts[:, None])):
             infos.append(TensorInfo(name + suffix, values.shape, gguf.GGMLQuantizationType.F32))
-            tensors.append(np.ascontiguousarray(values, dtype="<f4").tobytes())
-    with atomic(path) as f:
-        f.write(render_header(metadata, infos))
-        for data in tensors:
-            f.write(data + bytes(-len(data) % gguf.GGUF_DEFAULT_ALIGNMENT))
+            tensors.append(np.asarray(values, dtype="<f4"))
+    write(path, metadata, infos, tensors)
 
 
 def sha256(path: Path) -> str:

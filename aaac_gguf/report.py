@@ -29,27 +29,32 @@ def shape_text(shape: Sequence[int]) -> str:
     return " x ".join(str(int(n)) for n in shape)
 
 
-def plan_text(plans: Sequence[TensorPlan], n_bytes: int) -> str:
+def plan_text(plans: Sequence[TensorPlan], n_bytes: int, n_files: int) -> str:
     """A plan's tensors, why where there is something to say, and the sums."""
     from .plan import summary
 
     rows = [(p.name, shape_text(p.shape), p.source_type.name, p.type.name, f"{p.n_bytes:,}", p.reason) for p in plans]
-    return f"{table(('tensor', 'shape', 'from', 'to', 'bytes', 'why'), rows)}\n\n{summary(plans)}\n{'file':>10} {'':13} {n_bytes:15,} bytes"
+    files = "file" if n_files == 1 else f"{n_files} files"
+    return f"{table(('tensor', 'shape', 'from', 'to', 'bytes', 'why'), rows)}\n\n{summary(plans)}\n{files:>10} {'':13} {n_bytes:15,} bytes"
 
 
-def convert_text(out: Path, report: Report) -> str:
+def convert_text(report: Report) -> str:
     """One paragraph on a finished conversion."""
-    lines = [f"wrote {out}: {report.n_bytes:,} bytes in {report.seconds:.1f} s"]
+    files = f" (the first of {len(report.files)} files)" if len(report.files) > 1 else ""
+    lines = [f"wrote {report.files[0]}{files}: {report.n_bytes:,} bytes in {report.seconds:.1f} s, peak memory {report.peak_bytes / 2**30:.2f} GiB"]
     if report.tensors:
         n_weights = [t.plan.n_weights for t in report.tensors]
         for what in ("relative_error", "weighted_error"):
             mean = sum(n * getattr(t, what) for n, t in zip(n_weights, report.tensors, strict=True)) / sum(n_weights)
             worst = max(report.tensors, key=lambda t: getattr(t, what))
             lines.append(f"{what.replace('_', ' ')}: mean {mean:.5f}, worst {getattr(worst, what):.5f} in {worst.plan.name}")
-    if report.not_covered:
-        lines.append(f"calibration did not reach {len(report.not_covered)}: {', '.join(report.not_covered)}")
+    if report.coverage and report.coverage.missed:
+        share = f"calibration reached {100 * report.coverage.share:.2f} % of the weights"
+        lines.append(f"{share}; weight 1 for what it did not reach: {', '.join(report.coverage.missed)}")
     if report.damped:
         lines.append(f"calibrate on more tokens: too few for the channels of {', '.join(report.damped)}, damped more than usual")
+    if report.left_out:
+        lines.append(report.left_out)
     return "\n".join(lines)
 
 
@@ -78,7 +83,7 @@ def inspect_text(file: GgufFile) -> str:
         books = "\n".join(f"  {' '.join(f'{int(level):4}' for level in book)}" for book in codec.codebooks)
         parts.append(f"{name}: scale base {codec.scale_base:.6g}, {codec.scale_mantissa_bits} mantissa bits\n{books}")
     parts += [f"{key}: {file.get(key)}" for key in (fmt.KEY_QUANTIZER, fmt.KEY_CALIBRATION) if file.get(key)]
-    parts.append(f"{len(rows)} tensors, {n_bytes:,} bytes, {8 * n_bytes / n_weights:.3f} bits per weight; file {file.path.stat().st_size:,} bytes")
+    parts.append(f"{len(rows)} tensors, {n_bytes:,} bytes, {8 * n_bytes / n_weights:.3f} bits per weight; file {file.n_bytes:,} bytes")
     return "\n\n".join(parts)
 
 

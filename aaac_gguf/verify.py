@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from . import calibrate, checkpoint, evaluate
 from . import format as fmt
-from .convert import dequantize_file, full_precision
+from .convert import dequantize_file
 from .errors import AaacError
 from .gguf_io import GgufFile, read
 from .imatrix import Imatrix, read_imatrix
+from .source import full_precision
 
 # Patched llama.cpp rounds activations to 8 bits, the reference does not. Stock Q8_0 differs from F32 by 0.0009 for the same reason on a small
 # model; a wrong codebook, selector or scale shows up a hundred times larger.
@@ -60,7 +61,7 @@ def verify(path: Path, source: Path | None, text: Path, imatrix: Path | None = N
     with tempfile.TemporaryDirectory(prefix="aaac-verify-") as scratch, full_precision(source, Path(scratch)) as full:
         compare_shapes(file, full)
         logits_file = Path(scratch) / "logits"
-        evaluate.save_logits(path, text, logits_file, N_CTX)
+        evaluate.save_logits(file.path, text, logits_file, N_CTX)
         logits = evaluate.read_logits(logits_file)
         tokens = torch.from_numpy(with_bos(logits.tokens, file)).long()
         if source.is_dir():

@@ -23,9 +23,8 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType
 
 from aaac_gguf import format as fmt
-from aaac_gguf.convert import Calibration, Settings, convert, write_gguf
-from aaac_gguf.gguf_io import GgufFile, Value, field_values, read
-from aaac_gguf.plan import TensorPlan
+from aaac_gguf.convert import Calibration, Settings, convert
+from aaac_gguf.gguf_io import GgufFile, TensorInfo, Value, codec_values, field_values, read, write
 from aaac_gguf.quantize import quantize
 from aaac_gguf.report import table
 
@@ -66,17 +65,18 @@ def one_layer(path: Path) -> None:
 
 def repeat_layer(source: GgufFile, out: Path) -> None:
     """The model of N_LAYERS layers that all hold the bytes of the one in `source`."""
-    plans, origin, codecs = [], {}, {}
+    infos, origin, codecs = [], {}, {}
     for name, tensor in source.tensors.items():
         for i in range(N_LAYERS if name.startswith("blk.0.") else 1):
             new = name.replace("blk.0.", f"blk.{i}.")
-            plans.append(TensorPlan(new, tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type, tensor.tensor_type, ""))
+            infos.append(TensorInfo(new, tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type))
             origin[new] = name
             if name in source.codecs:
                 codecs[new] = source.codecs[name]
     metadata = {key: value for key, value in field_values(source.fields).items() if not key.startswith("aaac.") or key == fmt.KEY_QUANTIZER}
     metadata["llama.block_count"] = Value(N_LAYERS, GGUFValueType.UINT32)
-    write_gguf(out, metadata, plans, lambda plan: np.ascontiguousarray(source.tensors[origin[plan.name]].data), codecs)
+    metadata |= codec_values(codecs) if codecs else {}
+    write(out, metadata, infos, (source.tensors[origin[info.name]].data for info in infos))
 
 
 def make_models(binaries: Path, work: Path) -> dict[str, Path]:

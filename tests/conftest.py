@@ -11,9 +11,9 @@ import torch
 
 from aaac_gguf import demo, llama
 from aaac_gguf import format as fmt
-from aaac_gguf.convert import full_precision
 from aaac_gguf.errors import AaacError
 from aaac_gguf.gguf_io import GgufFile
+from aaac_gguf.source import full_precision
 
 # Threads that spin while other programs run cost more than they give to models this small.
 torch.set_num_threads(1)

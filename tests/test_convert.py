@@ -1,11 +1,8 @@
 """Conversion of a GGUF and of the bundled model: what is written, what is refused, and that nothing half-written stays."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import gguf
@@ -62,7 +59,7 @@ def test_importance_moves_the_error(source, tmp_path, capsys):
     sums[0, ::4] = 1000
     write_imatrix(tmp_path / "i.gguf", Imatrix({"blk.0.attn_q.weight": Entry(sums, np.ones(1, dtype=np.float32))}, ["x"], 1, 1))
     assert convert(source, tmp_path / "with.gguf", "--imatrix", tmp_path / "i.gguf") == 0
-    assert "calibration did not reach 1: blk.0.ffn_down.weight" in capsys.readouterr().out
+    assert "reached 40.00 % of the weights; weight 1 for what it did not reach: blk.0.ffn_down.weight" in capsys.readouterr().out
     assert convert(source, tmp_path / "without.gguf") == 0
     full = gguf_io.read(source).load("blk.0.attn_q.weight")
     errors = [np.square(gguf_io.read(tmp_path / f"{n}.gguf").load("blk.0.attn_q.weight") - full)[:, ::4].sum() for n in ("with", "without")]
@@ -219,32 +216,6 @@ def test_a_full_disk(source, tmp_path, capsys):
     assert convert(source, tmp_path / "out.gguf") == 2
     assert "the disk is full" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["source.gguf"]
-
-
-def _convert_big(source: Path, out: Path) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background hands down that it is ignored
-    convert(source, out)
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_conversion_leaves_no_file_that_looks_whole(tmp_path, rng, how):
-    weight = rng.normal(size=(4096, 1024)).astype(np.float16)
-    big = write_source(tmp_path / "big.gguf", {f"blk.{i}.attn_q.weight": weight for i in range(8)})
-    out, partial = tmp_path / "out.gguf", tmp_path / "out.gguf.partial"
-    process = multiprocessing.get_context("spawn").Process(target=_convert_big, args=(big, out))
-    process.start()
-    deadline = time.monotonic() + 120
-    while not (partial.exists() and partial.stat().st_size) and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, how)
-    process.join()
-    assert not out.exists()
-    if how == signal.SIGINT:
-        assert not partial.exists()
-    else:
-        assert convert(big, out, "--type", "F16") == 0  # the leftover is in nobody's way
-        assert not partial.exists()
 
 
 def test_the_bundled_model(demo_full, tmp_path, capsys):

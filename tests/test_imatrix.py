@@ -8,7 +8,7 @@ import pytest
 
 from aaac_gguf import calibrate, checkpoint, demo, llama
 from aaac_gguf.errors import AaacError
-from aaac_gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
+from aaac_gguf.imatrix import Coverage, Entry, Imatrix, read_imatrix, write_imatrix
 
 
 def entry(values, counts=(1.0,)) -> Entry:
@@ -53,9 +53,9 @@ def test_legacy_experts_are_unfolded(tmp_path):
     np.testing.assert_array_equal(fitted.entries["e.weight"].importance(), [[1, 2], [3, 4]])
 
 
-def test_not_covered():
+def test_coverage():
     imatrix = Imatrix({"a": entry([1]), "e": entry([[1], [0]], [1, 0])})
-    assert imatrix.not_covered(["a", "b", "e"]) == ["b", "e (expert 1)"]
+    assert imatrix.coverage({"a": 10, "b": 10, "e": 20}) == Coverage(0.5, ["b", "e (expert 1)"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 
 from aaac_gguf import calibrate, convert, demo, evaluate, gguf_io, verify
-from aaac_gguf.imatrix import write_imatrix
+from aaac_gguf.imatrix import Coverage, write_imatrix
 
 COMMON = {"vocab_size": 4096, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -58,7 +58,7 @@ def test_the_whole_way(name, patched, tmp_path):
         }
     else:
         assert set(file.codecs) == quantized
-    assert [n for n in report.not_covered if "expert" not in n] == []
+    assert [n for n in report.coverage.missed if "expert" not in n] == []
     result = verify.verify(out, source, demo.SAMPLE_TEXT)
     print(f"{name}: mean KL divergence {result.mean_kld:.6f}, same top token {result.same_top:.4f} on {result.n_tokens} tokens")
     assert result.failures == []
@@ -102,7 +102,7 @@ def test_gpt2(patched, demo_full, tmp_path):
     write_imatrix(tmp_path / "imatrix.gguf", imatrix)
     report = convert.convert(source, out, convert.Settings(calibration=convert.Calibration(imatrix=tmp_path / "imatrix.gguf")))
     assert len(report.tensors) == 8
-    assert report.not_covered == []
+    assert report.coverage == Coverage(1, [])
     assert verify.verify(out, source, demo.SAMPLE_TEXT).failures == []
 
     file, result = gguf_io.read(out), verify.Verification(reference="transformers")
