@@ -175,10 +175,9 @@ def encode_tensor(
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """A folder beside the output for the full-precision GGUF, under a name by which the next conversion removes what a killed one left."""
+    """Where the full-precision GGUF goes beside the output, under a name by which the next conversion removes what a killed one left."""
     folder = out.with_name(f"{out.name}{PARTIAL}.source")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     try:
         yield folder
     finally:
@@ -187,10 +186,10 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 def fingerprint_of(settings: Settings, inputs: Inputs, plans: Sequence[TensorPlan]) -> dict[str, Any]:
     """What the result depends on besides the source's weights: a conversion that resumes must agree with the interrupted one."""
-    named = {field.name: str(getattr(settings, field.name)) for field in fields(settings) if field.name != "calibration"}
+    flags = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "calibration"}
     return {
         "version": f"aaac-gguf {__version__}, torch {torch.__version__}",
-        **named,
+        **{name: value.name if isinstance(value, T) else str(value) for name, value in flags.items()},
         "calibration": {**inputs.description, "seed": settings.calibration.seed},
         "plan": hashlib.sha256(repr([(p.name, p.shape, p.type) for p in plans]).encode()).hexdigest(),
     }

@@ -74,6 +74,7 @@ def full_precision(source: Path, scratch: Path, header_only: bool = False) -> It
         return
     config = checkpoint.check(source)
     dtype = str(config.get("dtype", config.get("torch_dtype", "")))
+    scratch.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
         out = Path(folder) / "source.gguf"
         llama.convert_hf(source, out, "f32" if dtype == "float32" else "auto", header_only)
