@@ -50,7 +50,7 @@ def convert_text(report: Report) -> str:
             lines.append(f"{what.replace('_', ' ')}: mean {mean:.5f}, worst {getattr(worst, what):.5f} in {worst.plan.name}")
     if report.coverage and report.coverage.missed:
         share = f"calibration reached {100 * report.coverage.share:.2f} % of the weights"
-        lines.append(f"{share}; weight 1 for what it did not reach: {', '.join(report.coverage.missed)}")
+        lines.append(f"{share}; not reached: {', '.join(report.coverage.missed)}")
     if report.damped:
         lines.append(f"calibrate on more tokens: too few for the channels of {', '.join(report.damped)}, damped more than usual")
     if report.left_out:

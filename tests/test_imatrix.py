@@ -24,9 +24,9 @@ def write_dat(path: Path, entries: dict[str, tuple[int, list[float]]], dataset: 
     path.write_bytes(data)
 
 
-def test_importance_is_the_mean_and_unseen_experts_count_as_one():
+def test_importance_is_the_mean():
     np.testing.assert_array_equal(entry([6, 3], [3]).importance(), [2, 1])
-    np.testing.assert_array_equal(entry([[6, 3], [0, 0]], [3, 0]).importance(), [[2, 1], [1, 1]])
+    np.testing.assert_array_equal(entry([0, 0], [0]).importance(), [1, 1])
 
 
 def test_gguf_round_trip(tmp_path):
@@ -51,6 +51,12 @@ def test_legacy_experts_are_unfolded(tmp_path):
     write_dat(tmp_path / "i.dat", {"e.weight": (2, [2, 4, 6, 8])})
     fitted = read_imatrix(tmp_path / "i.dat").fitted(tmp_path, {"e.weight": (2, 5, 2)})
     np.testing.assert_array_equal(fitted.entries["e.weight"].importance(), [[1, 2], [3, 4]])
+
+
+def test_legacy_experts_of_zeros_were_never_reached(tmp_path):
+    write_dat(tmp_path / "i.dat", {"e.weight": (2, [2, 4, 0, 0])})
+    fitted = read_imatrix(tmp_path / "i.dat").fitted(tmp_path, {"e.weight": (2, 5, 2)})
+    assert fitted.coverage({"e.weight": 20}) == Coverage(0.5, ["e.weight (expert 1)"])
 
 
 def test_coverage():

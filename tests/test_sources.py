@@ -1,10 +1,7 @@
-"""What a conversion starts from: folders with shards, split GGUFs, quantized checkpoints, names on the Hugging Face Hub, and files that are no model."""
+"""What a conversion starts from: folders with shards, split GGUFs, quantized checkpoints, names on the Hub, and files that are no model."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -15,7 +12,7 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from aaac_gguf import cli, demo, gguf_io, source
+from aaac_gguf import checkpoint, cli, demo, gguf_io, source
 from aaac_gguf.errors import AaacError
 
 COMMIT = "0123456789" * 4
@@ -170,25 +167,28 @@ def hub_cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-def offline(hub_cache: Path, *args) -> subprocess.CompletedProcess:
-    """aaac-gguf in a process that reads this cache and may not go online: huggingface_hub looks at its variables once."""
-    env = os.environ | {"HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-m", "aaac_gguf", *map(str, args)], env=env, cwd=hub_cache, capture_output=True, text=True)
+@pytest.fixture
+def offline(hub_cache, monkeypatch):
+    """huggingface_hub with this cache, not allowed to go online."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def test_a_name_on_the_hub_is_taken_from_its_cache(llama_source, hub_cache, tmp_path):
+def test_a_name_on_the_hub_is_taken_from_its_cache(offline, hub_cache):
     for name in ("hf://someone/small", "someone/small"):
-        result = offline(hub_cache, "convert", name, "-o", tmp_path / "out.gguf", "--type", "F16")
-        assert result.returncode == 0, result.stderr
-        assert convert(demo.MODEL, tmp_path / "expected.gguf", "--type", "F16") == 0
-        assert_same_tensors(tmp_path / "out.gguf", tmp_path / "expected.gguf")
+        folder = source.locate(name)
+        assert folder == hub_cache / "models--someone--small" / "snapshots" / COMMIT
+        assert checkpoint.check(folder)["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_offline_and_not_in_the_cache(hub_cache, tmp_path):
-    result = offline(hub_cache, "convert", "someone/other", "-o", tmp_path / "out.gguf")
-    assert result.returncode == 2
-    assert "someone/other: no such local path, the Hugging Face cache does not hold all of it, and the Hub cannot be reached" in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_offline_and_not_in_the_cache(offline, hub_cache, tmp_path, capsys):
+    assert convert("someone/other", tmp_path / "out.gguf") == 2
+    assert (
+        "someone/other: no such local path, the Hugging Face cache does not hold all of it, and the Hub cannot be reached" in capsys.readouterr().err
+    )
+    (hub_cache / "models--someone--small" / "snapshots" / COMMIT / "model.safetensors").unlink()
+    assert convert("someone/small", tmp_path / "out.gguf") == 2
+    assert "the Hugging Face cache does not hold all of it" in capsys.readouterr().err
 
 
 def http_error(kind: type, status: int) -> Exception:
