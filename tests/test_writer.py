@@ -38,23 +38,23 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() if p.is_file() else b"a folder" for p in folder.iterdir()}
 
 
-def run_and_kill(conversion: tuple, *, after_syncs: int | None = None, after_seconds: float | None = None) -> int | None:
+def run_and_kill(conversion: tuple, *, after_syncs: int | None = None, after_seconds: float | None = None, context=FORK) -> int | None:
     """Convert in a process that gets SIGKILL at a time, or at its n-th call that makes something lasting; returns its exit code."""
-
-    def child() -> None:
-        if after_syncs is not None:
-            left = iter(range(after_syncs))
-            for name in ("fsync", "replace"):
-                setattr(os, name, _killing(getattr(os, name), left))
-        raise SystemExit(convert(*conversion))
-
-    process = FORK.Process(target=child)
+    process = context.Process(target=_child, args=(conversion, after_syncs))
     process.start()
     if after_seconds is not None:
         time.sleep(after_seconds)
         process.kill()
     process.join()
     return process.exitcode
+
+
+def _child(conversion: tuple, after_syncs: int | None) -> None:
+    if after_syncs is not None:
+        left = iter(range(after_syncs))
+        for name in ("fsync", "replace"):
+            setattr(os, name, _killing(getattr(os, name), left))
+    raise SystemExit(convert(*conversion))
 
 
 def _killing(function: Callable, left) -> Callable:
@@ -134,7 +134,8 @@ def test_a_calibrated_conversion_resumes(llama_source, tmp_path, capsys):
     report = capsys.readouterr().out
     (tmp_path / "killed").mkdir()
     out = tmp_path / "killed" / "out.gguf"
-    assert run_and_kill((demo.MODEL, out, *args), after_syncs=30) == -signal.SIGKILL
+    context = multiprocessing.get_context("spawn")  # torch's autograd does not work after a fork
+    assert run_and_kill((demo.MODEL, out, *args), after_syncs=30, context=context) == -signal.SIGKILL
     assert (tmp_path / "killed" / "out.gguf.partial.source").is_dir()
     capsys.readouterr()
     assert convert(demo.MODEL, out, *args, "--resume") == 0
