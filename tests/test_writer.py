@@ -106,17 +106,21 @@ def test_a_conversion_killed_again_and_again_ends_in_the_same_bytes(model, tmp_p
 
 
 def test_every_lasting_step_can_be_the_last(model, tmp_path, small_units):
-    """A kill before each fsync and each rename in turn, and the conversion resumed: never a file that looks whole and is not."""
-    assert convert(model, tmp_path / "out.gguf", *SPLIT) == 0
-    expected = {name: data for name, data in files_of(tmp_path).items() if name != "source.gguf"}
+    """A kill before each fsync and each rename in turn, over an older model, and the conversion resumed: never a mixture that looks whole."""
+    both = []
+    for method in ("paper", "aaac"):
+        (tmp_path / method).mkdir()
+        assert convert(model, tmp_path / method / "out.gguf", *SPLIT, "--method", method) == 0
+        both.append(files_of(tmp_path / method))
+    expected = both[1]
     step = 0
     while True:
         folder = tmp_path / str(step)
-        folder.mkdir()
+        shutil.copytree(tmp_path / "paper", folder)
         code = run_and_kill((model, folder / "out.gguf", *SPLIT), after_syncs=step)
         found = files_of(folder)
         if "out-00001-of-00005.gguf" in found:
-            assert {name: found[name] for name in expected} == expected
+            assert {name: found[name] for name in expected} in both
         if code == 0:
             break
         assert code == -signal.SIGKILL
