@@ -158,6 +158,7 @@ def encode_tensor(
     if plan.type == plan.source_type:
         return file.tensors[plan.name].data, None
     weight = load_weight(file, plan.name, settings.device)
+    file.release()  # most often `weight` is a copy
     if imatrix is None:
         return encode_stock(weight, plan.type), None
     entry = imatrix.entries.get(plan.name)
