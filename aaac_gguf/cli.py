@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,17 +16,29 @@ from .errors import AaacError
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Status 0 for success, 1 for a verification that failed, 2 for bad input."""
     args = _parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _interrupt)
     try:
         return args.run(args) or 0
     except AaacError as e:
         print(f"aaac-gguf: error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("aaac-gguf: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        number = e.args[0] if e.args else signal.SIGINT
+        print(f"aaac-gguf: interrupted by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as e:  # a file or a disk that no verb could foresee
+        print(f"aaac-gguf: error: {AaacError(f'{e.filename or args.verb}: {e.strerror or e}')}", file=sys.stderr)
+        return 2
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: half-written files are removed on the way out."""
+    raise KeyboardInterrupt(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="aaac-gguf", description="4-bit GGUF files with two learned codebooks per matrix, and the llama.cpp that runs them"
     )
     parser.add_argument("--version", action="version", version=f"aaac-gguf {__version__}")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
 
     p = verbs.add_parser("convert", help="quantize a Hugging Face folder or a full-precision GGUF")
     p.add_argument("source", metavar="SRC", help="Hugging Face model folder, full-precision GGUF file (any shard of a split one), "

@@ -221,7 +221,7 @@ def prepare(source: Path, header: GgufFile, calibration: Calibration, device: st
     """Check and read the calibration input. Raises AaacError for text that is too short, an imatrix of another model, and so on."""
     if calibration.imatrix:
         imatrix = read_imatrix(calibration.imatrix)
-        imatrix = imatrix.fitted(calibration.imatrix, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in header.tensors.items()})
+        imatrix = imatrix.fitted(calibration.imatrix, header.shapes)
         description = {"source": "imatrix", "file": calibration.imatrix.name, "sha256": sha256(calibration.imatrix), "datasets": imatrix.datasets}
         return Inputs({**description, "tokens": imatrix.n_chunks * imatrix.chunk_size}, imatrix=imatrix)
     if calibration.source == "none":

@@ -11,6 +11,7 @@ This module is the oracle: the C header, the CUDA kernels and the llama.cpp patc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -213,7 +214,7 @@ def codecs_from_metadata(
         if length != len(names):
             raise AaacError(f"{key} describes {length:g} tensors and {KEY_TENSOR_NAMES} lists {len(names)}; the file is damaged")
     if len(set(names)) != len(names):
-        twice = next(n for n in names if list(names).count(n) > 1)
+        twice = next(n for n, count in Counter(names).items() if count > 1)
         raise AaacError(f"{KEY_TENSOR_NAMES} lists tensor {twice} twice; the file is damaged")
     books = np.asarray(codebooks, dtype=np.int8).reshape(-1, N_CODEBOOKS, N_LEVELS)
     return {n: Codec(b, float(d), int(m)).check(n) for n, b, d, m in zip(names, books, scale_base, scale_mantissa_bits, strict=True)}

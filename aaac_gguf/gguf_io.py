@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +24,7 @@ from . import format as fmt
 from .errors import AaacError
 
 PARTIAL = ".partial"
+MAX_DIMS = 4  # GGML_MAX_DIMS
 
 # One model in several files, named and numbered as llama.cpp does it: MODEL-00001-of-00003.gguf.
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = gguf.Keys.Split.LLM_KV_SPLIT_NO, gguf.Keys.Split.LLM_KV_SPLIT_COUNT, gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT
@@ -69,6 +71,11 @@ class _Reader(gguf.GGUFReader):
             raise AaacError(f"needs {n_bytes} bytes at offset {int(offset)} and the file ends at {self.data.size}")
         return super()._get(int(offset), dtype, int(count), override_order)
 
+    def _get_str(self, offset: int) -> Any:
+        length, text = super()._get_str(offset)
+        str(memoryview(text), "utf-8")  # what is not text is refused here, not when somebody asks for it
+        return length, text
+
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
@@ -83,6 +90,7 @@ class _Reader(gguf.GGUFReader):
                 self._get(offset, np.uint64)
                 n_bytes = int.from_bytes(view[offset : offset + 8], "little")
                 parts.append(self._get(offset + 8, np.uint8, n_bytes))
+                str(view[offset + 8 : offset + 8 + n_bytes], "utf-8")
                 offset += 8 + n_bytes
             return offset - orig_offs, parts, list(range(2, len(parts))), [GGUFValueType.ARRAY, kind]
         if kind not in self.gguf_scalar_to_np:
@@ -93,6 +101,8 @@ class _Reader(gguf.GGUFReader):
     def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
         for field in fields:
             _, _, _, dims, raw_type, offset = field.parts
+            if not 1 <= dims.size <= MAX_DIMS:
+                raise AaacError(f"tensor {field.name} has {dims.size} dimensions, not 1 to {MAX_DIMS}")
             try:
                 ggml_type = GGMLQuantizationType(raw_type[0])
             except ValueError:
@@ -102,9 +112,11 @@ class _Reader(gguf.GGUFReader):
             n_elements = 1
             for dim in dims.tolist():
                 n_elements *= dim
-            if dims.size == 0 or dims[0] % block_size:
-                raise AaacError(f"tensor {field.name} has rows of {dims[0] if dims.size else 0} weights, not whole blocks of {block_size}")
-            end = start_offs + int(offset[0]) + n_elements // block_size * type_size
+            if n_elements == 0:
+                raise AaacError(f"tensor {field.name} has no weights")
+            if dims[0] % block_size:
+                raise AaacError(f"tensor {field.name} has rows of {dims[0]} weights, not whole blocks of {block_size}")
+            end = int(start_offs) + int(offset[0]) + n_elements // block_size * type_size
             if end > self.data.size:
                 raise AaacError(f"the data of tensor {field.name} ends at byte {end} and the file at {self.data.size}")
         super()._build_tensors(start_offs, fields)
@@ -141,6 +153,11 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self.get("general.architecture", ""))
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape in numpy order."""
+        return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self.tensors.items()}
+
     def load(self, name: str) -> fmt.F32:
         """The weights of tensor `name`, decoded: float32 in numpy order."""
         tensor = self.tensors[name]
@@ -164,7 +181,7 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
     """Open a GGUF file, or all shards of a split one by any of them. Raises AaacError for whatever is not a whole, valid file: see docs/format.md."""
     path = Path(path)
     if not path.is_file():
-        raise AaacError(f"{path}: no such file; give the path of a GGUF file")
+        raise AaacError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; give the path of a GGUF file")
     name = _SHARD_NAME.fullmatch(path.name)
     count = int(name["count"]) if name else 1
     paths = [shard_path(path.with_name(name["stem"]), no, count) for no in range(1, count + 1)] if name and count > 1 else [path]
@@ -176,6 +193,8 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
         for no, shard in enumerate(paths):
             path = shard
             reader = _Reader(shard, "c")  # copy-on-write: torch warns of arrays that it could not write to
+            if reader.byte_order != "I":
+                raise AaacError("of another byte order than this machine; convert it with gguf-convert-endian")
             _check_split(reader, no, len(paths))
             for t in reader.tensors:
                 if t.name in tensors:
@@ -222,8 +241,10 @@ def _read_codecs(reader: gguf.GGUFReader) -> dict[str, fmt.Codec]:
         if key not in reader.fields:
             raise AaacError(f"metadata key {key} is missing; write the file again")
     version, names, *arrays = (reader.fields[key] for key in keys)
-    wanted = (GGUFValueType.INT8, GGUFValueType.FLOAT32, GGUFValueType.UINT8)
-    for field, kind in zip(arrays, wanted, strict=True):
+    if version.types != [GGUFValueType.UINT32]:
+        raise AaacError(f"metadata key {fmt.KEY_VERSION} is not a UINT32; write the file again")
+    wanted = (GGUFValueType.STRING, GGUFValueType.INT8, GGUFValueType.FLOAT32, GGUFValueType.UINT8)
+    for field, kind in zip((names, *arrays), wanted, strict=True):
         if field.types != [GGUFValueType.ARRAY, kind]:
             raise AaacError(f"metadata key {field.name} is not an array of {kind.name}; write the file again")
     values = [field.parts[field.data[0]] for field in arrays]
@@ -313,20 +334,27 @@ def write_tensor(f: BinaryIO, info: TensorInfo, values: Any, align: int) -> None
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` only when the block ends well: written as `path`.partial, then renamed; removed after an error."""
+    """A file that appears under `path` only when the block ends well: written as `path`.partial, then renamed; removed after an error.
+
+    Raises AaacError when another process is writing there.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with open(partial, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
+        with open_alone(partial) as f:
+            try:
+                if os.fstat(f.fileno()).st_size:  # left by a run that was killed
+                    f.truncate()
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except BlockingIOError:
+        raise AaacError(f"{path}: another aaac-gguf is writing it; wait for it, or choose another output") from None
     except OSError as e:
-        partial.unlink(missing_ok=True)
         raise write_error(path, e) from None
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_error(path: Path, e: OSError) -> AaacError:
@@ -334,3 +362,21 @@ def write_error(path: Path, e: OSError) -> AaacError:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return AaacError(f"{path}: the disk is full; free space or choose another output")
     return AaacError(f"{path}: cannot be written: {e.strerror or e}; choose another output")
+
+
+def open_alone(path: Path) -> BinaryIO:
+    """Open `path` to read and write, made where it is missing, and lock it until it is closed. Raises BlockingIOError where another process has."""
+    while True:
+        f = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.close()
+            raise
+        except OSError:  # a file system without locks
+            return f
+        # Whoever held the lock may have renamed or removed the file since it was opened here.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+                return f
+        f.close()

@@ -75,7 +75,7 @@ class Imatrix:
                 raise AaacError(
                     f"{path}: tensor {name} has {entry.sums.size} channels, the model's has {n_experts * shape[-1]}; is it of another model?"
                 )
-            if not np.isfinite(entry.sums).all() or (entry.sums < 0).any():
+            if not all(np.isfinite(values).all() and (values >= 0).all() for values in (entry.sums, entry.counts)):
                 raise AaacError(f"{path}: tensor {name} has values that are not finite or negative; make the imatrix again")
             fitted[name] = entry
         if not fitted:
@@ -99,11 +99,14 @@ class Imatrix:
 def read_imatrix(path: str | Path) -> Imatrix:
     """Read llama-imatrix output, GGUF or legacy .dat by its first bytes. Raises AaacError for anything else."""
     path = Path(path)
-    if not path.is_file():
-        raise AaacError(f"--imatrix {path}: no such file; make one with llama-imatrix")
-    with open(path, "rb") as f:
-        magic = f.read(4)
-    return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+    try:
+        with open(path, "rb") as f:
+            magic = f.read(4)
+        return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+    except FileNotFoundError:
+        raise AaacError(f"--imatrix {path}: no such file; make one with llama-imatrix") from None
+    except OSError as e:
+        raise AaacError(f"--imatrix {path}: cannot be read: {e.strerror or e}") from None
 
 
 def _read_gguf(path: Path) -> Imatrix:
@@ -111,44 +114,46 @@ def _read_gguf(path: Path) -> Imatrix:
     if file.get("general.type") != "imatrix":
         raise AaacError(f"{path}: a GGUF file, but not an importance matrix; give the output of llama-imatrix")
     entries = {}
-    for name, tensor in file.tensors.items():
+    for name, sums in file.tensors.items():
         if name.endswith(SUFFIX_SUMS):
             base = name.removesuffix(SUFFIX_SUMS)
-            if base + SUFFIX_COUNTS not in file.tensors:
+            counts = file.tensors.get(base + SUFFIX_COUNTS)
+            if counts is None:
                 raise AaacError(f"{path}: tensor {base} has sums and no counts; make the imatrix again")
-            counts = np.asarray(file.tensors[base + SUFFIX_COUNTS].data, dtype=np.float32).reshape(-1)
-            sums = np.asarray(tensor.data, dtype=np.float32)
-            entries[base] = Entry(sums.reshape(len(counts), -1), counts)
-    return Imatrix(entries, file.get("imatrix.datasets", []), file.get("imatrix.chunk_count", 0), file.get("imatrix.chunk_size", 0))
+            if {sums.tensor_type, counts.tensor_type} != {gguf.GGMLQuantizationType.F32} or sums.n_elements % counts.n_elements:
+                raise AaacError(f"{path}: tensor {base} has sums and counts that are not F32 or do not agree; make the imatrix again")
+            entries[base] = Entry(np.asarray(sums.data).reshape(counts.n_elements, -1), np.asarray(counts.data).reshape(-1))
+    datasets, n_chunks, chunk_size = (file.get(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size"))
+    if not (isinstance(datasets, list | None) and isinstance(n_chunks, int | None) and isinstance(chunk_size, int | None)):
+        raise AaacError(f"{path}: imatrix.datasets, imatrix.chunk_count or imatrix.chunk_size is of the wrong type; make the imatrix again")
+    return Imatrix(entries, [str(name) for name in datasets or []], n_chunks or 0, chunk_size or 0)
 
 
 def _read_dat(path: Path) -> Imatrix:
     """The legacy layout: n_entries, then per entry name, n_calls and n values (mean x^2 times n_calls), then n_chunks and the data set's name."""
-    data = path.read_bytes()
-    offset = 0
+    n_bytes = path.stat().st_size
+    with open(path, "rb") as f:
 
-    def take(n: int) -> bytes:
-        nonlocal offset
-        if n < 0 or offset + n > len(data):
-            raise AaacError(f"{path}: not an importance matrix, or cut short at byte {offset}; make it again with llama-imatrix")
-        offset += n
-        return data[offset - n : offset]
+        def take(n: int) -> bytes:
+            if n < 0 or f.tell() + n > n_bytes:  # before anything is read: the length may be a lie
+                raise AaacError(f"{path}: not an importance matrix, or cut short at byte {f.tell()}; make it again with llama-imatrix")
+            return f.read(n)
 
-    def take_int() -> int:
-        return int(struct.unpack("<i", take(4))[0])
+        def take_int() -> int:
+            return int(struct.unpack("<i", take(4))[0])
 
-    entries = {}
-    for _ in range(take_int()):
-        name = take(take_int()).decode("utf-8", errors="replace")
-        n_calls, n_values = take_int(), take_int()
-        values = np.frombuffer(take(4 * n_values), dtype="<f4").astype(np.float32)
-        entries[name] = Entry(values[None], np.array([max(n_calls, 1)], dtype=np.float32))
-    if not entries:
-        raise AaacError(f"{path}: an importance matrix without entries; make it again with llama-imatrix")
-    if offset == len(data):  # files of before the data set's name was added
-        return Imatrix(entries)
-    n_chunks = take_int()
-    return Imatrix(entries, [take(take_int()).decode("utf-8", errors="replace")], n_chunks)
+        entries = {}
+        for _ in range(take_int()):
+            name = take(take_int()).decode("utf-8", errors="replace")
+            n_calls, n_values = take_int(), take_int()
+            values = np.frombuffer(take(4 * n_values), dtype="<f4").astype(np.float32)
+            entries[name] = Entry(values[None], np.array([max(n_calls, 1)], dtype=np.float32))
+        if not entries:
+            raise AaacError(f"{path}: an importance matrix without entries; make it again with llama-imatrix")
+        if f.tell() == n_bytes:  # files of before the data set's name was added
+            return Imatrix(entries)
+        n_chunks = take_int()
+        return Imatrix(entries, [take(take_int()).decode("utf-8", errors="replace")], n_chunks)
 
 
 def write_imatrix(path: Path, imatrix: Imatrix) -> None:

@@ -107,6 +107,8 @@ def source_dir() -> Path:
 def fetch() -> Path:
     """The folder of the patched source, downloaded and patched if it is not there yet."""
     source = source_dir()
+    if source.is_dir():  # it appears whole; a cache that cannot be written may be used
+        return source
     with _lock():
         if not source.is_dir():
             with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="unpack-") as scratch:
@@ -172,6 +174,8 @@ def build(backend: str = "cpu", arch: str | None = None) -> Path:
     source = fetch()
     folder = _build_dir(backend)
     stamp = folder / "built"
+    if stamp.is_file():
+        return folder / "bin"
     with _lock():
         if not stamp.is_file():
             log = source / f"{folder.name}.log"

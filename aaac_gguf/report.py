@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as T
 
 from . import format as fmt
 from .errors import AaacError
-from .gguf_io import GgufFile, tensor_bytes
+from .gguf_io import GgufFile, atomic, tensor_bytes
 
 if TYPE_CHECKING:  # these import torch, and `inspect` starts without it
     from .convert import Report
@@ -77,6 +77,8 @@ def inspect_text(file: GgufFile) -> str:
     for name, t in file.tensors.items():
         shape = tuple(int(n) for n in reversed(t.shape))
         rows.append((name, shape_text(shape), t.tensor_type.name, f"{t.n_bytes:,}", f"{8 * t.n_bytes / t.n_elements:.4g}"))
+    if not rows:
+        raise AaacError(f"{file.path}: has no tensors; give a model's file")
     n_bytes, n_weights = sum(t.n_bytes for t in file.tensors.values()), sum(tensor_bytes(t.shape, T.I8) for t in file.tensors.values())
     parts = [table(("tensor", "shape", "type", "bytes", "bits per weight"), rows)]
     for name, codec in file.codecs.items():
@@ -104,7 +106,8 @@ def plot_codebooks(file: GgufFile, out: Path) -> None:
     axes.set_xlabel("level (int8), first codebook blue, second orange")
     axes.set_title(f"{file.path.name}: learned codebooks")
     try:
-        figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as e:
-        raise AaacError(f"--plot {out}: cannot be written: {e}") from None
+        with atomic(out) as f:
+            figure.savefig(f, dpi=120, format=out.suffix[1:] or "png")
+    except ValueError as e:
+        raise AaacError(f"--plot {e}") from None
     plt.close(figure)

@@ -79,7 +79,7 @@ def verify(path: Path, source: Path | None, text: Path, imatrix: Path | None = N
                 log_probabilities(model, sequence, logits.first) for sequence in tqdm(tokens, desc="reference logits", disable=None, leave=False)
             ]
         else:
-            compare_tensors(result, file, full, read_imatrix(imatrix) if imatrix else Imatrix({}))
+            compare_tensors(result, file, full, read_imatrix(imatrix).fitted(imatrix, full.shapes) if imatrix else Imatrix({}))
             result.reference = "llama.cpp on the dequantized file"
             dequantized = Path(scratch) / "dequantized.gguf"
             dequantize_file(path, dequantized, T.F32)
