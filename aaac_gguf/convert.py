@@ -26,7 +26,7 @@ from . import __version__, calibrate, checkpoint
 from . import format as fmt
 from .errors import AaacError
 from .feedback import DAMPING
-from .gguf_io import PARTIAL, GgufFile, TensorInfo, Value, dequantize, field_values, read, write
+from .gguf_io import PARTIAL, GgufFile, TensorInfo, Value, dequantize, field_values, read_model, write
 from .hessian import Moments, collect, in_rows_of, passes, with_random
 from .imatrix import Coverage, Imatrix, read_imatrix, sha256
 from .kquants import KQUANTS, quantize_rounded
@@ -336,7 +336,7 @@ def layout_bytes(layout: Sequence[Shard]) -> int:
 def dequantize_file(source: Path, out: Path, ggml_type: T) -> int:
     """Write the decoded weights of `source` as F32, F16 or BF16, a file that stock llama.cpp runs. Returns its bytes."""
     check_output(out)
-    file = read(source)
+    file = read_model(source)
     infos = []
     for name, tensor in file.tensors.items():
         shape = tuple(int(n) for n in reversed(tensor.shape))

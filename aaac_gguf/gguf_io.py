@@ -8,6 +8,7 @@ import io
 import mmap
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -219,6 +220,14 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
     return GgufFile(path, readers[0].fields, tensors, codecs, [reader.data.base for reader in readers])
 
 
+def read_model(path: Path) -> GgufFile:
+    """Open a GGUF file that holds a model. Raises AaacError for one without tensors or architecture."""
+    file = read(path)
+    if not file.tensors or not file.architecture:
+        raise AaacError(f"{path}: has no tensors, or names no general.architecture; give a model's file")
+    return file
+
+
 def _number(reader: gguf.GGUFReader, key: str) -> int | None:
     return int(reader.fields[key].contents()) if key in reader.fields else None
 
@@ -268,9 +277,18 @@ class TensorInfo:
         return tensor_bytes(self.shape, GGMLQuantizationType.I8)
 
 
+class _Writer(gguf.GGUFWriter):
+    """gguf's writer, which refuses empty arrays; files that hold some are copied."""
+
+    def _pack_val(self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None) -> bytes:
+        if vtype == GGUFValueType.ARRAY and sub_type is not None and not val:
+            return struct.pack("<IIQ", vtype, sub_type, 0)
+        return bytes(super()._pack_val(val, vtype, add_vtype, sub_type))
+
+
 def render_header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
     """All that precedes the tensor data, padding included."""
-    writer = gguf.GGUFWriter(None, "")
+    writer = _Writer(None, "")
     writer.kv_data[0].clear()  # the constructor has written the architecture, which only the first shard of a split model has
     architecture = "general.architecture"
     for key in sorted(metadata, key=lambda key: key != architecture):  # which comes first

@@ -67,7 +67,7 @@ def locate(text: str) -> Path:
 def full_precision(source: Path, scratch: Path, header_only: bool = False) -> Iterator[GgufFile]:
     """The full-precision GGUF of a checkpoint folder or of a GGUF file. A folder's is made in `scratch` and removed after use."""
     if source.is_file():
-        file = read(source)
+        file = read_model(source)
         if file.get("general.type", "model") in _OTHER_FILES:
             raise AaacError(f"{source}: is {_OTHER_FILES[file.get('general.type')]}")
         yield file

@@ -8,7 +8,6 @@ that resumes continues after its last line. The real names appear at the very en
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from .gguf_io import (
     Value,
     alignment,
     codec_values,
+    open_alone,
     render_header,
     shard_path,
     write_error,
@@ -133,14 +133,11 @@ class Journal:
 
     def __enter__(self) -> Journal:
         try:
-            self.file = open(self.path, "a+b")
+            self.file = open_alone(self.path)
+        except BlockingIOError:
+            raise AaacError(f"{self.out}: another conversion is writing it; wait for its end, or choose another output") from None
         except OSError as e:
             raise write_error(self.out, e) from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
-            raise AaacError(f"{self.out}: another conversion is writing it; wait for its end, or choose another output") from None
         self._read()
         if self.resume and not self.records:
             print(f"aaac-gguf: nothing to resume for {self.out}, starting from the beginning", file=sys.stderr)
@@ -158,7 +155,6 @@ class Journal:
             raise write_error(self.out, error) from None
 
     def _read(self) -> None:
-        self.file.seek(0)
         end = 0
         for line in self.file:
             try:
@@ -166,7 +162,11 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 break  # the process died while it wrote this line
             end = self.file.tell()
+        self._cut(end)
+
+    def _cut(self, end: int) -> None:
         self.file.truncate(end)
+        self.file.seek(end)
 
     def _take(self, line: bytes) -> None:
         entry = json.loads(line)
@@ -208,7 +208,7 @@ class Journal:
             raise AaacError(f"{self.out}: cannot resume, {gone[0]} is missing; start over without --resume")
         if not self.resume:
             self._clear()
-            self.file.truncate(0)
+            self._cut(0)
             self.records.clear()
             self.complete = False
             self.files = [shard.partial.name for shard in shards]
