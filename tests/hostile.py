@@ -231,9 +231,27 @@ def change(kv: Metadata, rng: random.Random) -> Metadata:
     return kv
 
 
+def misplaced(rng: random.Random) -> bytes:
+    """A valid file in which a vector, or a matrix that llama.cpp wants in F32, is of an AAAC type."""
+    kv, infos, data = tiny_model(2)
+    kv = dict(kv)
+    places = {"blk.0.attn_q.bias": (N_EMBD,), "rope_freqs.weight": (N_EMBD,), "blk.0.ffn_up_exps.bias": (2, N_EMBD), "blk.0.attn_q.scale": (N_EMBD,)}
+    places |= {t.name: t.shape for t in infos if t.type == T.F32}
+    name, qtype = rng.choice(sorted(places)), rng.choice([fmt.G16, fmt.G32, fmt.G128])
+    kept = [(t, block) for t, block in zip(infos, data, strict=True) if t.name != name]
+    blocks = random_blocks(qtype, int(np.prod(places[name][:-1])), N_EMBD, seed=0, max_code=40).tobytes()
+    kept.append((TensorInfo(name, places[name], T[qtype.name]), blocks))
+    for key, values in gguf_io.codec_values({name: codec(3, 1e-5)}).items():
+        if key != fmt.KEY_VERSION:
+            kv[key] = kv[key]._replace(value=[*kv[key].value, *values.value])
+    return render(kv, *(list(column) for column in zip(*kept, strict=True)))
+
+
 def hostile_file(rng: random.Random, n_experts: int = 0) -> bytes:
     """One hostile file, the same for the same state of `rng`."""
     kv, infos, data = tiny_model(n_experts)
+    if rng.random() < 0.03:
+        return misplaced(rng)
     if rng.random() < 0.25:
         return render(change(kv, rng), infos, data)
     return mutate(render(kv, infos, data), rng)
