@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import checkpoint, llama
 from .errors import AaacError
-from .gguf_io import GgufFile, TensorInfo, field_values, read, render_header
+from .gguf_io import GgufFile, TensorInfo, field_values, read, read_model, render_header
 
 HUB = "hf://"
 # Configuration, tokenizer, weights, and the model card, of which llama.cpp's converter takes the licence.
