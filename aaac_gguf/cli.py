@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     p = actions.add_parser("build", help="fetch, patch and build; does nothing the second time")
     p.add_argument("--backend", choices=("cpu", "cuda"), default="cpu", help="cpu (default), or cuda: needs the CUDA toolkit")
     p.add_argument("--arch", metavar="LIST", help="CUDA architectures, for example 90 or '80;89' (default: this machine's)")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--source", type=Path, metavar="DIR", help="build a patched copy of your own llama.cpp checkout; DIR is left as it is")
+    what.add_argument("--python", action="store_true", help="build the wheel of llama-cpp-python instead of the tools, and print its path")
     p.set_defaults(run=_llama_build)
     p = actions.add_parser("run", help="run a built tool", prefix_chars="\0")  # everything after TOOL is the tool's
     p.add_argument("tool", metavar="TOOL")
@@ -187,9 +190,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _llama_build(args: argparse.Namespace) -> None:
-    from . import llama
+    from . import llama, patch
 
-    print(llama.build(args.backend, args.arch))
+    print(patch.summary(), file=sys.stderr)
+    print(llama.build_wheel(args.backend, args.arch) if args.python else llama.build(args.backend, args.arch, args.source))
 
 
 def _llama_run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from . import format as fmt
 from .errors import AaacError
 from .gguf_io import GgufFile
-from .llama import shipped
+from .patch import shipped
 
 MAX_MATVEC_COLUMNS = 8
 

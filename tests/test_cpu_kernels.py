@@ -15,7 +15,7 @@ import pytest
 from aaac_samples import codec, random_blocks
 
 from aaac_gguf.format import TYPES, decode
-from aaac_gguf.llama import shipped
+from aaac_gguf.patch import shipped
 
 ALL_TYPES = pytest.mark.parametrize("qtype", TYPES.values(), ids=TYPES)
 X86 = ("x86_64", "AMD64")

@@ -25,7 +25,7 @@ from test_llama_ops import (  # noqa: F401, collected here as well, with the run
 )
 
 from aaac_gguf.format import decode
-from aaac_gguf.llama import shipped
+from aaac_gguf.patch import shipped
 
 pytestmark = pytest.mark.llama
 

@@ -15,7 +15,7 @@ from aaac_samples import codec, random_blocks
 from aaac_gguf import kernels
 from aaac_gguf.errors import AaacError
 from aaac_gguf.format import G16, G32, decode
-from aaac_gguf.llama import shipped
+from aaac_gguf.patch import shipped
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 FILES = ("dequant.cu", "matvec.cu", "matmul.cu")

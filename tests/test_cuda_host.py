@@ -18,7 +18,7 @@ import pytest
 from aaac_samples import BOOKS, codec, every_combination, hand_written, random_blocks
 
 from aaac_gguf.format import TYPES, Codec, decode, pack
-from aaac_gguf.llama import shipped
+from aaac_gguf.patch import shipped
 
 ALL_TYPES = pytest.mark.parametrize("qtype", TYPES.values(), ids=TYPES)
 F32, F16, BF16, Q8 = 0, 1, 2, -1

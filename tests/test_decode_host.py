@@ -9,7 +9,7 @@ import pytest
 from aaac_samples import codec, every_combination, hand_written, random_blocks
 
 from aaac_gguf.format import TYPES, check_blocks, decode
-from aaac_gguf.llama import shipped
+from aaac_gguf.patch import shipped
 
 ALL_TYPES = pytest.mark.parametrize("qtype", TYPES.values(), ids=TYPES)
 COMPILERS = {

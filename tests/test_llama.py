@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from aaac_gguf import cli, llama
+from aaac_gguf import cli, llama, patch
 from aaac_gguf.errors import AaacError
 
 
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 def archive(folder, files):
     """A stand-in for the source distribution."""
-    up = llama.upstream()
+    up = patch.upstream()
     root = f"{up.package.replace('-', '_')}-{up.version}"
     for name, text in files.items():
         path = folder / root / up.folder / name
@@ -58,24 +58,85 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     assert "the cache folder cannot be written" in capsys.readouterr().err
 
 
-def test_the_patch_refuses_a_tree_that_it_does_not_fit(tmp_path):
-    (tmp_path / "ggml" / "include").mkdir(parents=True)
-    (tmp_path / "ggml" / "include" / "ggml.h").write_text("// another version\n")
-    with pytest.raises(AaacError, match="the patch does not apply"):
-        llama.apply_patch(tmp_path)
+@pytest.fixture
+def small_patch(tmp_path, monkeypatch):
+    """A patch of one new file and two insertions, the pristine source that it is made for, and a copy to change."""
+    shipped = tmp_path / "shipped"
+    (shipped / "patches" / "new").mkdir(parents=True)
+    (shipped / "cuda_kernels").mkdir()
+    (shipped / "patches" / "new" / "ours.h").write_text("// ours\n")
+    hooks = "diff --git a/g.c b/g.c\n--- a/g.c\n+++ b/g.c\n@@ -2,0 +3 @@ name\n+hook 1\n@@ -5,0 +7,2 @@\n+hook 2\n++++ b/not a header\n"
+    (shipped / "patches" / "hooks.patch").write_text(hooks)
+    shutil.copy(patch.shipped("patches") / "UPSTREAM.toml", shipped / "patches")
+    monkeypatch.setattr(patch, "shipped", lambda name: shipped / name)
+    for name in ("pinned", "tree"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "g.c").write_text("".join(f"line {i}\n" for i in range(1, 8)))
+    return tmp_path / "pinned", tmp_path / "tree", shipped / "patches" / "hooks.patch"
 
 
-def test_the_patch_is_insertions_only():
-    text = "".join(path.read_text() for path in sorted(llama.shipped("patches").glob("*.patch")))
-    removed = [line for line in text.splitlines() if line.startswith("-") and not line.startswith("---")]
-    assert removed == []
-    inserted = [line for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")]
-    print(f"{len(inserted)} inserted lines")
-    assert inserted
+def test_insertions_into_the_pinned_version(small_patch):
+    pinned, _, _ = small_patch
+    assert patch.apply(pinned, pinned) == []
+    inserted = ["line 1", "line 2", "hook 1", "line 3", "line 4", "line 5", "hook 2", "+++ b/not a header", "line 6", "line 7"]
+    assert (pinned / "g.c").read_text().splitlines() == inserted
+    assert (pinned / "ours.h").read_text() == "// ours\n"
+    assert "3 lines in 2 insertions into 1 files of llama.cpp, 1 new files" in patch.summary()
+
+
+def test_insertions_follow_their_neighbours(small_patch):
+    pinned, tree, _ = small_patch
+    (tree / "g.c").write_text("new\n" * 9 + (pinned / "g.c").read_text())
+    assert patch.apply(tree, pinned) == []
+    lines = (tree / "g.c").read_text().splitlines()
+    assert lines[10:13] == ["line 2", "hook 1", "line 3"]
+    assert lines[14:18] == ["line 5", "hook 2", "+++ b/not a header", "line 6"]
+
+
+def test_insertions_that_find_no_place_are_named(small_patch):
+    pinned, tree, _ = small_patch
+    (tree / "g.c").write_text((pinned / "g.c").read_text().replace("line 5", "another line"))
+    assert [str(hunk) for hunk in patch.apply(tree, pinned)] == ["g.c:5: hook 2"]
+    assert "line 2\nhook 1\nline 3\n" in (tree / "g.c").read_text()
+    (tree / "g.c").unlink()
+    assert len(patch.apply(tree, pinned)) == 2
+
+
+@pytest.mark.parametrize("line", ["-line 3\n", " line 3\n"])
+def test_a_patch_that_does_more_than_insert_is_refused(small_patch, line):
+    _, _, hooks = small_patch
+    hooks.write_text(hooks.read_text() + line)
+    with pytest.raises(AaacError, match=r"hooks.patch:9: not an insertion"):
+        patch.hunks()
+
+
+def test_a_checkout_is_copied_and_patched_and_left_as_it_is(small_patch, cache, tmp_path, monkeypatch):
+    pinned, tree, _ = small_patch
+    monkeypatch.setattr(llama, "download", lambda version: tmp_path)
+    monkeypatch.setattr(llama, "unpack", lambda archive, into: pinned)
+    with pytest.raises(AaacError, match=r"has no ggml/include/ggml\.h"):
+        llama.patched_copy(tree)
+    for name in ("ggml/include/ggml.h", "build/CMakeCache.txt", ".git/HEAD", "models/big.gguf"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("line\n")
+    before = (tree / "g.c").read_text()
+    copy = llama.patched_copy(tree)
+    assert copy.parent == cache
+    assert "hook 1" in (copy / "g.c").read_text()
+    assert (tree / "g.c").read_text() == before
+    assert sorted(path.name for path in copy.iterdir()) == ["g.c", "ggml", "models", "ours.h"]
+    assert list((copy / "models").iterdir()) == []
+    assert llama.patched_copy(tree) == copy
+    (tree / "g.c").write_text(before + "more\n")
+    assert llama.patched_copy(tree) != copy
+    (tree / "g.c").write_text(before.replace("line 2", "line two"))
+    with pytest.raises(AaacError, match=r"1 of the patch's 2 insertions find no place \(g\.c:2: hook 1\)"):
+        llama.patched_copy(tree)
+    assert not [path for path in cache.iterdir() if path.name.startswith("unpack-")]
 
 
 def test_the_patched_source_has_our_files(llama_source):
-    for place, path in llama.patch_files().items():
+    for place, path in patch.new_files().items():
         assert (llama_source / place).read_bytes() == path.read_bytes()
     assert "GGML_TYPE_AAAC4_G128 = 82" in (llama_source / "ggml/include/ggml.h").read_text()
 
