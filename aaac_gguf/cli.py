@@ -95,7 +95,23 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the codebooks")
     p.set_defaults(run=_inspect)
 
-    p = verbs.add_parser("demo", help="the whole way with the bundled model: convert, verify, run, compare")
+    p = verbs.add_parser("compare", help="quantize to several types, each at its best, and measure them against the full model")
+    p.add_argument("source", type=Path, metavar="SRC", help="Hugging Face model folder, or full-precision GGUF file")
+    p.add_argument("--types", metavar="LIST", help="AAAC types, llama-quantize's recipes, finished .gguf files, separated by commas "
+                   "(default AAAC4_G16,Q4_0,IQ4_NL,Q4_K_M,Q5_K_M)")  # fmt: skip
+    p.add_argument("-o", "--output", type=Path, default=Path("aaac-compare"), metavar="DIR", help="where to write (default ./aaac-compare)")
+    p.add_argument(
+        "--text", type=Path, action="append", default=[], metavar="FILE", help="text to measure on; may repeat (default: one that the model writes)"
+    )
+    p.add_argument("--calib", metavar="TEXT", help="as in convert, for all types")
+    p.add_argument("--imatrix", type=Path, metavar="FILE", help="as in convert, for all types")
+    p.add_argument("--embedding-type", default="Q6_K", metavar="TYPE", help="type of token_embd and output in every file (default Q6_K)")
+    p.add_argument("--device", default="cpu", help="what calibration runs on: cpu (default) or cuda")
+    p.add_argument("--ctx", type=_positive, default=512, metavar="N", help="tokens per chunk of text (default 512)")
+    p.add_argument("--chunks", type=_positive, default=64, metavar="N", help="chunks of each text at most (default 64)")
+    p.set_defaults(run=_compare)
+
+    p = verbs.add_parser("demo", help="the whole way with the bundled model: quantize, compare, verify, run")
     p.add_argument("-o", "--output", type=Path, default=Path("aaac-demo"), metavar="DIR", help="where to write (default ./aaac-demo)")
     p.set_defaults(run=_demo)
 
@@ -181,6 +197,22 @@ def _inspect(args: argparse.Namespace) -> None:
     print(report.inspect_text(file))
     if args.plot:
         report.plot_codebooks(file, args.plot)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from . import compare, convert, plan, report
+
+    if args.calib and args.imatrix:
+        raise AaacError("--calib and --imatrix: give one of them")
+    settings = convert.Settings(
+        embedding=plan.parse_type(args.embedding_type, "--embedding-type"),
+        calibration=convert.Calibration(args.calib or ("none" if args.source.is_file() else "self"), args.imatrix),
+        device=args.device,
+    )
+    types = args.types.split(",") if args.types else compare.DEFAULT_TYPES
+    result = compare.compare(args.source, args.output, compare.Options(types, args.text, settings, args.ctx, args.chunks))
+    print(report.comparison_text(result))
+    print(f"\nwrote {args.output / 'comparison.json'} and, with plots, {args.output / 'comparison.html'}")
 
 
 def _demo(args: argparse.Namespace) -> int:

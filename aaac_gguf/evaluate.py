@@ -38,22 +38,29 @@ _SUMMARY = {
 }
 
 
-def save_logits(model: Path, text: Path, logits: Path, n_ctx: int, n_chunks: int = -1) -> None:
-    """Write the log probabilities of `model` on `text`, for `score` and `read_logits`. n_chunks -1 takes the whole text."""
+def save_logits(model: Path, text: Path, logits: Path, n_ctx: int, n_chunks: int = -1) -> tuple[float, float]:
+    """Write the log probabilities of `model` on `text`, for `score` and `read_logits`; returns its perplexity and the error of that.
+
+    n_chunks -1 takes the whole text.
+    """
     args: list[str | Path] = ["-m", model, "-f", text, "-c", str(n_ctx), "--chunks", str(n_chunks), "--kl-divergence-base", logits]
     log = logits.with_name(logits.name + ".log")
-    llama.run_logged_tool("llama-perplexity", args, log)
+    output = llama.run_logged_tool("llama-perplexity", args, log)
     if not logits.is_file() or logits.stat().st_size < 20:
-        words = re.findall(r"the data file you provided tokenizes to only \d+ tokens", log.read_text(errors="replace"))
+        words = re.findall(r"the data file you provided tokenizes to only \d+ tokens", output)
         raise AaacError(
             f"{text}: llama-perplexity wrote no logits ({words[0] if words else f'see {log}'}); give a text of at least {2 * n_ctx} tokens"
         )
+    found = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", output)
+    if not found:
+        raise AaacError(f"llama-perplexity printed no perplexity of {model} (see {log}); run it again")
+    return float(found[1]), float(found[2])
 
 
 def score(model: Path, text: Path, base: Path, n_ctx: int, n_chunks: int = -1) -> Score:
     """Compare `model` with the logits that `save_logits` wrote of the full model on the same text."""
     args: list[str | Path] = ["-m", model, "-f", text, "-c", str(n_ctx), "--chunks", str(n_chunks), "--kl-divergence-base", base, "--kl-divergence"]
-    log = base.with_name(f"{model.name}.log")
+    log = base.with_name(f"{base.name}-{model.name}.log")
     return parse_summary(llama.run_logged_tool("llama-perplexity", args, log), log)
 
 

@@ -241,6 +241,15 @@ def run_logged_tool(name: str, args: Sequence[str | os.PathLike[str]], log: Path
     return text
 
 
+def tool_output(name: str, args: Sequence[str | os.PathLike[str]], log: Path) -> str:
+    """What a built tool writes to standard output; its log goes to the file `log`."""
+    with open(log, "wb") as f:
+        result = subprocess.run([tool(name), *args], stdout=subprocess.PIPE, stderr=f, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        raise AaacError(f"{name} failed with status {result.returncode}: {_last_error(log.read_text(errors='replace'))} (see {log})")
+    return result.stdout.decode(errors="replace")
+
+
 def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False) -> None:
     """Run the pinned convert_hf_to_gguf.py; with `header_only`, write everything but the tensor data (zeros, as a sparse file), in seconds.
 

@@ -13,6 +13,7 @@ from .errors import AaacError
 from .gguf_io import GgufFile, atomic, tensor_bytes
 
 if TYPE_CHECKING:  # these import torch, and `inspect` starts without it
+    from .compare import Comparison
     from .convert import Report
     from .plan import TensorPlan
     from .verify import Verification
@@ -87,6 +88,33 @@ def inspect_text(file: GgufFile) -> str:
     parts += [f"{key}: {file.get(key)}" for key in (fmt.KEY_QUANTIZER, fmt.KEY_CALIBRATION) if file.get(key)]
     parts.append(f"{len(rows)} tensors, {n_bytes:,} bytes, {8 * n_bytes / n_weights:.3f} bits per weight; file {file.n_bytes:,} bytes")
     return "\n\n".join(parts)
+
+
+def comparison_text(result: Comparison) -> str:
+    """The tables of a comparison: what was made, then the scores on each text."""
+    return "\n\n".join([table(*files_table(result)), *(f"{name}\n{table(*scores_table(result, name))}" for name in result.texts)])
+
+
+def files_table(result: Comparison) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Heading and rows: size, time and speed of every file."""
+    header = ("type", "bytes", "bits per weight", "quantized in", "prompt tokens/s", "generated tokens/s")
+    rows: list[Sequence[str]] = [(result.full_type, f"{result.full_bytes:,}", "", "", "", "")]
+    for r in result.rows:
+        speed = [f"{s[0]:.1f} ± {s[1]:.1f}" if s else "" for s in (r.prompt_speed, r.generation_speed)]
+        rows.append((r.name, f"{r.n_bytes:,}", f"{r.bits_per_weight:.3f}", "" if r.seconds is None else f"{r.seconds:.1f} s", *speed))
+    return header, rows
+
+
+def scores_table(result: Comparison, text_name: str) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Heading and rows: perplexity and KL divergence (nats) from the full model on one text."""
+    header = ("type", "perplexity", "mean KL divergence", "99.9 %", "maximum", "RMS Δp", "same top token")
+    perplexity = "{:.3f} ± {:.3f}"
+    rows: list[Sequence[str]] = [(result.full_type, perplexity.format(*result.perplexities[text_name]), "", "", "", "", "")]
+    for r in result.rows:
+        s = r.scores[text_name]
+        divergence = f"{s.mean_kld:.5f} ± {s.mean_kld_error:.5f}", f"{s.kld_999:.4f}", f"{s.max_kld:.4f}"
+        rows.append((r.name, perplexity.format(s.perplexity, s.perplexity_error), *divergence, f"{s.rms_delta_p:.2f} %", f"{s.same_top:.2f} %"))
+    return header, rows
 
 
 def plot_codebooks(file: GgufFile, out: Path) -> None:
