@@ -51,8 +51,9 @@ def test_patch_and_kernels_are_inside(installed):
     assert where.splitlines() == [str(installed / "aaac_gguf" / name) for name in ("patches", "cuda_kernels")] + [patch.digest()]
     assert files(installed / "aaac_gguf" / "cuda_kernels") == files(ROOT / "cuda_kernels")
     assert files(installed / "aaac_gguf" / "patches") == files(ROOT / "patches")
-    assert files(installed / "aaac_gguf" / "data") == files(ROOT / "aaac_gguf" / "data")
 
 
-def test_it_is_typed(installed):
-    assert (installed / "aaac_gguf" / "py.typed").is_file()
+def test_nothing_of_the_package_is_left_out(installed):
+    """Code, C source, py.typed, demo model."""
+    packaged = {name: data for name, data in files(installed / "aaac_gguf").items() if not name.startswith(("cuda_kernels/", "patches/"))}
+    assert packaged == files(ROOT / "aaac_gguf")
