@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType
+from tqdm import tqdm
 
 from . import __version__, calibrate, checkpoint, convert, evaluate, gguf_io, llama, page, patch, verify
 from . import format as fmt
@@ -74,7 +75,11 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
     for text in options.texts:
         if not text.is_file():
             raise AaacError(f"--text {text}: no such file")
-    if source.is_file() and not options.texts:
+    if len({text.name for text in options.texts}) < len(options.texts):
+        raise AaacError("--text: two texts of the same name; rename one")
+    if not source.is_file():
+        checkpoint.check(source)
+    elif not options.texts:
         raise AaacError(f"{source}: a GGUF file cannot be sampled here; give --text")
     try:
         folder.mkdir(exist_ok=True)
@@ -100,8 +105,11 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
                 "cpus": os.cpu_count(),
             },
         )
+        bases = {text: Path(name) / f"{text.stem}-logits" for text in texts}
+        for text, base in bases.items():  # first, because a text may be too short
+            result.perplexities[text.name] = evaluate.save_logits(full.path, text, base, options.n_ctx, options.n_chunks)
         imatrix: tuple[Path | None, float] | None = None
-        for type_name, path in files.items():
+        for type_name, path in tqdm(files.items(), desc="comparing", unit="type", disable=None, leave=False):
             seconds = None
             if type_name in OURS:
                 seconds = convert.convert(source, path, replace(options.settings, type=T[type_name])).seconds
@@ -110,16 +118,11 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
                 start = time.monotonic()
                 stock_quantize(full.path, path, type_name, imatrix[0], options.settings.embedding)
                 seconds = time.monotonic() - start + imatrix[1]
-            result.rows.append(describe(type_name, path, full, seconds))
-        for text in texts:
-            base = Path(name) / f"{text.stem}-logits"
-            result.perplexities[text.name] = evaluate.save_logits(full.path, text, base, options.n_ctx, options.n_chunks)
-            for row, path in zip(result.rows, files.values(), strict=True):
-                row.scores[text.name] = evaluate.score(path, text, base, options.n_ctx, options.n_chunks)
-            base.unlink()  # gigabytes, for a large vocabulary
-        for row, path in zip(result.rows, files.values(), strict=True):
+            row = describe(type_name, path, full, seconds)
+            row.scores = {text.name: evaluate.score(path, text, base, options.n_ctx, options.n_chunks) for text, base in bases.items()}
             row.prompt_speed, row.generation_speed = speeds(path, Path(name) / "bench.log")
-    content = {"comparison.json": json.dumps(asdict(result), indent=1) + "\n", "comparison.html": page.render(result)}
+            result.rows.append(row)
+    content = {"comparison.json": json.dumps(asdict(result), indent=1, default=str) + "\n", "comparison.html": page.render(result)}
     for file_name, text_content in content.items():
         with gguf_io.atomic(folder / file_name) as f:
             f.write(text_content.encode())
@@ -147,7 +150,7 @@ def self_text(source: Path, out: Path, calibration: convert.Calibration) -> Path
 def measure_imatrix(source: Path, full: GgufFile, settings: convert.Settings, out: Path) -> tuple[Path | None, float]:
     """The importance file of the same calibration for llama-quantize, None where there is no calibration, and the seconds it took."""
     start = time.monotonic()
-    inputs = convert.prepare(source, full, settings.calibration)
+    _, _, inputs = convert.outline(source, full, settings)
     imatrix, _ = convert.measure(source, full, inputs, replace(settings, feedback=False), [])
     if not imatrix.entries:
         return None, 0.0

@@ -33,6 +33,7 @@ def result():
         (["--types", "Q9_9"], "--types Q9_9: unknown type; choose from AAAC4_G16, AAAC4_G32, AAAC4_G128, Q4_0"),
         (["--types", "absent.gguf"], "--types absent.gguf: no such file"),
         (["--types", "Q4_0", "--text", "absent.txt"], "--text absent.txt: no such file"),
+        (["--text", f"{demo.SAMPLE_TEXT}", "--text", f"{demo.SAMPLE_TEXT}"], "--text: two texts of the same name"),
         (["--calib", "self", "--imatrix", "i.gguf"], "--calib and --imatrix: give one of them"),
     ],
 )
@@ -40,6 +41,13 @@ def test_bad_input(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", str(demo.MODEL), *args]) == 2
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "absent"]) == 2
+    assert "absent: no such file or directory" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
