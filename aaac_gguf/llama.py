@@ -68,7 +68,7 @@ def source_dir() -> Path:
 def fetch() -> Path:
     """The folder of the patched source, downloaded and patched if it is not there yet."""
     source = source_dir()
-    if source.is_dir():  # whole: it got its name when it was. So nobody waits for a build who only needs the source.
+    if source.is_dir():  # it appears whole; a cache that cannot be written may be used
         return source
     with _lock():
         if not source.is_dir():
