@@ -132,7 +132,7 @@ def patched_copy(checkout: Path) -> Path:
         digest = hashlib.sha256()
         for path in sorted(p for p in tree.rglob("*") if p.is_file()):
             digest.update(f"{path.relative_to(tree)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-        source = cache_dir() / f"llama.cpp-{checkout.resolve().name}-{digest.hexdigest()[:12]}"
+        source = cache_dir() / f"source-{checkout.resolve().name}-{digest.hexdigest()[:12]}"
         if not source.is_dir():
             tree.rename(source)
     return source
