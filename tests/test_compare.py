@@ -100,11 +100,10 @@ def test_axes_hold_their_values(values):
 
 
 @pytest.mark.llama
-def test_a_small_comparison(patched, tmp_path):
+def test_a_small_comparison(patched, demo_gguf, tmp_path):
     """A type of ours, one of llama.cpp's and a finished file, on text that the model writes; the imatrix comes from the same calibration."""
     settings = convert.Settings(calibration=convert.Calibration("self", n_sequences=2, sequence_length=128), feedback=False)
-    (tmp_path / "q8.gguf").write_bytes(b"")
-    convert.convert(demo.MODEL, tmp_path / "q8.gguf", convert.Settings(type=convert.T.Q8_0))
+    compare.stock_quantize(demo_gguf, tmp_path / "q8.gguf", "Q8_0", None, convert.T.Q8_0)
     options = compare.Options(("AAAC4_G128", "Q4_0", str(tmp_path / "q8.gguf")), settings=settings, n_ctx=128, n_chunks=4)
     result = compare.compare(demo.MODEL, tmp_path / "out", options)
     ours, theirs, finished = result.rows
