@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_inspect)
 
     p = verbs.add_parser("compare", help="quantize to several types, each at its best, and measure them against the full model")
-    p.add_argument("source", type=Path, metavar="SRC", help="Hugging Face model folder, or full-precision GGUF file")
+    p.add_argument("source", metavar="SRC", help="as in convert: a folder, a full-precision GGUF file, or a model on the Hugging Face Hub")
     p.add_argument("--types", metavar="LIST", help="AAAC types, llama-quantize's recipes, finished .gguf files, separated by commas "
                    "(default AAAC4_G16,Q4_0,IQ4_NL,Q4_K_M,Q5_K_M)")  # fmt: skip
     p.add_argument("-o", "--output", type=Path, default=Path("aaac-compare"), metavar="DIR", help="where to write (default ./aaac-compare)")
@@ -200,17 +200,18 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from . import compare, convert, plan, report
+    from . import compare, convert, plan, report, source
 
     if args.calib and args.imatrix:
         raise AaacError("--calib and --imatrix: give one of them")
+    path = source.locate(args.source)
     settings = convert.Settings(
         embedding=plan.parse_type(args.embedding_type, "--embedding-type"),
-        calibration=convert.Calibration(args.calib or ("none" if args.source.is_file() else "self"), args.imatrix),
+        calibration=convert.Calibration(args.calib or ("none" if path.is_file() else "self"), args.imatrix),
         device=args.device,
     )
     types = args.types.split(",") if args.types else compare.DEFAULT_TYPES
-    result = compare.compare(args.source, args.output, compare.Options(types, args.text, settings, args.ctx, args.chunks))
+    result = compare.compare(path, args.output, compare.Options(types, args.text, settings, args.ctx, args.chunks))
     print(report.comparison_text(result))
     print(f"\nwrote {args.output / 'comparison.json'} and, with plots, {args.output / 'comparison.html'}")
 
