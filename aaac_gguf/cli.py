@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from . import __version__
@@ -62,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REGEX=TYPE",
         help="type of the tensors whose name matches; may repeat, the last match wins",
     )
+    p.add_argument("--bpw", type=_bits, metavar="BITS", help="mixed precision: the types from AAAC4_G128 to Q8_0 that, measured matrix by matrix, "
+                   "keep the file within so many bits per weight")  # fmt: skip
+    p.add_argument("--size", type=_size, metavar="SIZE", help="the same by bytes of the output: 900M, 4.2GiB")
     p.add_argument("--calib", metavar="TEXT", help="calibrate on a text file, on tokens sampled from the model (self), or not at all (none); "
                    "default: self for a folder, none for a GGUF")  # fmt: skip
     p.add_argument("--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file (GGUF or .dat)")
@@ -71,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-feedback", action="store_true", help="round by importance alone, without error feedback: faster, less exact")
     p.add_argument("--seed", type=int, default=0, help="for sampled tokens and for the groups that codebooks are fitted to (default 0)")
     p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    p.add_argument("--split-max-size", type=_size, metavar="N(M|G)", help="write files of at most so many bytes of tensor data: 500M, 2G")
+    p.add_argument("--split-max-size", type=_split_size, metavar="N(M|G)", help="write files of at most so many bytes of tensor data: 500M, 2G")
     p.add_argument("--resume", action="store_true", help="continue the same conversion after it was interrupted")
     p.add_argument("--dry-run", action="store_true", help="print the plan and the exact size, write nothing")
     p.set_defaults(run=_convert)
@@ -138,11 +142,26 @@ def _positive(text: str) -> int:
     return value
 
 
-def _size(text: str) -> int:
+def _split_size(text: str) -> int:
     number, unit = text[:-1], {"M": 10**6, "G": 10**9}.get(text[-1:])
     if not (unit and number.isdecimal() and int(number)):
         raise argparse.ArgumentTypeError(f"{text}: give a whole number of M or G (10^6, 10^9 bytes), for example 2G")
     return int(number) * unit
+
+
+def _size(text: str) -> int:
+    for suffix, unit in {"MiB": 2**20, "GiB": 2**30, "M": 10**6, "G": 10**9}.items():
+        with suppress(ValueError):
+            if text.endswith(suffix) and (size := int(float(text.removesuffix(suffix)) * unit)) > 0:
+                return size
+    raise argparse.ArgumentTypeError(f"{text}: give a number of M, G, MiB or GiB, for example 4.2GiB")
+
+
+def _bits(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 32:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of bits per weight")
+    return value
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -150,6 +169,8 @@ def _convert(args: argparse.Namespace) -> None:
 
     if args.calib and args.imatrix:
         raise AaacError("--calib and --imatrix: give one of them")
+    if args.bpw and args.size:
+        raise AaacError("--bpw and --size: give one of them")
     path = source.locate(args.source)
     ggml_type = plan.parse_type(args.type, "--type")
     # Nobody waits for a calibration who only asked for 8 or 16 bits.
@@ -163,6 +184,8 @@ def _convert(args: argparse.Namespace) -> None:
         feedback=not args.no_feedback,
         device=args.device,
         split_max_size=args.split_max_size,
+        bpw=args.bpw,
+        size=args.size,
     )
     if args.dry_run:
         print(report.plan_text(*convert.dry_run(path, args.output, settings)))
@@ -204,6 +227,8 @@ def _compare(args: argparse.Namespace) -> None:
 
     if args.calib and args.imatrix:
         raise AaacError("--calib and --imatrix: give one of them")
+    if args.bpw and args.size:
+        raise AaacError("--bpw and --size: give one of them")
     path = source.locate(args.source)
     settings = convert.Settings(
         embedding=plan.parse_type(args.embedding_type, "--embedding-type"),

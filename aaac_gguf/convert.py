@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from . import __version__, calibrate, checkpoint
 from . import format as fmt
 from .errors import AaacError
 from .feedback import DAMPING
-from .gguf_io import PARTIAL, GgufFile, TensorInfo, Value, dequantize, field_values, read_model, write
+from .gguf_io import PARTIAL, GgufFile, Metadata, TensorInfo, Value, dequantize, field_values, read_model, write
 from .hessian import Moments, collect, in_rows_of, passes, with_random
 from .imatrix import Coverage, Imatrix, read_imatrix, sha256
 from .kquants import KQUANTS, quantize_rounded
-from .plan import Override, TensorPlan, make_plan
-from .quantize import Method, quantize
+from .mixed import choose, measured
+from .plan import EMBEDDINGS, Override, TensorPlan, make_plan
+from .quantize import Method, quantize, quantizer_type
 from .source import check_weights, full_precision, load_weight
 from .stock import STOCK_TYPES
 from .writer import Journal, Record, Shard, check_space, codecs_of, shards, write_shards
@@ -43,6 +44,7 @@ FILE_TYPES = {
     T.BF16: LlamaFileType.MOSTLY_BF16,
     T.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     T.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    T.Q5_K: LlamaFileType.MOSTLY_Q5_K_S,
     T.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     T.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
     **{T[name]: qtype.type_id for name, qtype in fmt.TYPES.items()},
@@ -75,10 +77,16 @@ class Settings:
     feedback: bool = True
     device: str = "cpu"
     split_max_size: int | None = None  # bytes of tensor data per file; None for one file
+    bpw: float | None = None  # mixed precision: bits per weight of all tensor data together, at most
+    size: int | None = None  # the same as bytes of all files together
 
     def feeds_back(self, inputs: Inputs) -> bool:
         """Error feedback needs second moments, and those a model that runs."""
         return self.feedback and self.method == "aaac" and inputs.description["source"] in ("self", "text")
+
+    @property
+    def mixes(self) -> bool:
+        return self.bpw is not None or self.size is not None
 
 
 @dataclass(frozen=True)
@@ -121,13 +129,20 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
         # In the first seconds: everything that can be refused without reading the weights.
         with full_precision(source, scratch, header_only=True) as header:
             plans, quantized, inputs = outline(source, header, settings)
-            layout = shards(out, output_metadata(header, settings, inputs, quantized), [p.info for p in plans], settings.split_max_size)
-            check_space(out, layout_bytes(layout), header.n_bytes if source.is_dir() else 0, journal)
+            metadata = output_metadata(header, settings, inputs, quantized)
+            layout = shards(out, metadata, [p.info for p in plans], settings.split_max_size)
+            check_space(out, settings.size or layout_bytes(layout), header.n_bytes if source.is_dir() else 0, journal)
             fingerprint = fingerprint_of(settings, inputs, plans)
             journal.check(fingerprint)
         with full_precision(source, scratch) as file:
-            journal.start({**fingerprint, "source": check_weights(file)}, layout)
+            fingerprint["source"] = check_weights(file)
+            journal.check(fingerprint)
             imatrix, moments = measure(source, file, inputs, settings, quantized)
+            if settings.mixes:
+                plans = mixed_plans(file, plans, metadata, settings, moments)
+                layout = shards(out, metadata, [p.info for p in plans], settings.split_max_size)
+                fingerprint["types"] = plan_digest(plans)
+            journal.start(fingerprint, layout)
             by_name = {p.name: p for p in plans}
 
             def encode(info: TensorInfo) -> tuple[Any, Record | None]:
@@ -164,13 +179,12 @@ def encode_tensor(
     entry = imatrix.entries.get(plan.name)
     importance = torch.from_numpy(entry.importance()).to(settings.device) if entry else None
     seen = moments.of(plan.name, weight) if moments else None
-    if plan.type in (T.Q8_0, T.Q4_0) and not seen:
-        # Importance changes next to nothing at 8 bits, and Q4_0's own rounding may turn a block's sign round, which the search does not.
+    if plan.type in (T.Q8_0, T.Q4_0, *KQUANTS) and not seen:
+        # Importance changes next to nothing from 5 bits up, and Q4_0's own rounding may turn a block's sign round, which the search does not.
         return encode_stock(weight, plan.type), None
     hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
-    qtype = fmt.TYPES_BY_ID.get(plan.type) or STOCK_TYPES[plan.type]
     method = settings.method if plan.type in fmt.TYPES_BY_ID else "aaac"
-    result = quantize(weight, qtype, importance, hessian, outputs, method=method, seed=settings.calibration.seed)
+    result = quantize(weight, quantizer_type(plan.type), importance, hessian, outputs, method=method, seed=settings.calibration.seed)
     return result.data, Record(result.codec, result.relative_error, result.weighted_error, result.damping)
 
 
@@ -192,13 +206,42 @@ def fingerprint_of(settings: Settings, inputs: Inputs, plans: Sequence[TensorPla
         "version": f"aaac-gguf {__version__}, torch {torch.__version__}",
         **{name: value.name if isinstance(value, T) else str(value) for name, value in flags.items()},
         "calibration": {**inputs.description, "seed": settings.calibration.seed},
-        "plan": hashlib.sha256(repr([(p.name, p.shape, p.type) for p in plans]).encode()).hexdigest(),
+        "plan": plan_digest(plans),
     }
+
+
+def plan_digest(plans: Sequence[TensorPlan]) -> str:
+    return hashlib.sha256(repr([(p.name, p.shape, p.type) for p in plans]).encode()).hexdigest()
+
+
+def mixed_plans(
+    file: GgufFile, plans: Sequence[TensorPlan], metadata: Metadata, settings: Settings, moments: MomentsByTensor | None
+) -> list[TensorPlan]:
+    """The plans with a type for every matrix that no flag gave one, the best for `settings.bpw` or `settings.size`."""
+    assert moments
+    free = [p for p in plans if p.type in fmt.TYPES_BY_ID and not p.reason]
+    fixed_bytes = sum(p.n_bytes for p in plans) - sum(p.n_bytes for p in free)
+    if settings.bpw is not None:
+        budget = int(settings.bpw * sum(p.n_weights for p in plans) / 8) - fixed_bytes
+    else:
+        assert settings.size is not None
+        # Each tensor may need some bytes up to its alignment, and less of the header if it becomes a stock type.
+        layout = shards(Path(file.path), metadata, [p.info for p in plans], settings.split_max_size)
+        budget = settings.size - layout_bytes(layout) + sum(p.n_bytes for p in free)
+    choices = measured(free, lambda name: load_weight(file, name, settings.device), moments.of, settings.calibration.seed)
+    chosen = choose(choices, budget)
+    if chosen is None:
+        least = fixed_bytes + sum(options[0].n_bytes for options in choices.values())
+        bpw = 8 * least / sum(p.n_weights for p in plans)
+        raise AaacError(f"--bpw or --size: too little, the smallest possible is {bpw:.3f} bits per weight; raise it, or choose an --embedding-type")
+    reason = "--bpw" if settings.bpw is not None else "--size"
+    return [replace(p, type=chosen[p.name].type, reason=f"{reason}: KLD {chosen[p.name].loss:.2e}") if p.name in chosen else p for p in plans]
 
 
 def searched(plans: Sequence[TensorPlan]) -> list[str]:
     """The tensors that are rounded by search, and so are worth calibrating for."""
-    return [p.name for p in plans if (p.type in fmt.TYPES_BY_ID or p.type in STOCK_TYPES) and p.type != p.source_type]
+    known = {*fmt.TYPES_BY_ID, *STOCK_TYPES, *KQUANTS}
+    return [p.name for p in plans if p.type in known and p.type != p.source_type and not (p.name in EMBEDDINGS and p.type in KQUANTS)]
 
 
 @dataclass(frozen=True)
@@ -214,7 +257,10 @@ def outline(source: Path, header: GgufFile, settings: Settings) -> tuple[list[Te
     """The plan, the tensors that are rounded by search, and the calibration input, of which there is none where nothing is searched."""
     plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
     quantized = searched(plans)
-    return plans, quantized, prepare(source, header, settings.calibration, settings.device) if quantized else Inputs({"source": "none"})
+    inputs = prepare(source, header, settings.calibration, settings.device) if quantized else Inputs({"source": "none"})
+    if settings.mixes and not settings.feeds_back(inputs):
+        raise AaacError("--bpw and --size: choose types by second moments; give a Hugging Face folder, with --calib TEXT or self and feedback")
+    return plans, quantized, inputs
 
 
 def prepare(source: Path, header: GgufFile, calibration: Calibration, device: str) -> Inputs:
@@ -319,11 +365,18 @@ def output_metadata(file: GgufFile, settings: Settings, inputs: Inputs, quantize
 
 
 def dry_run(source: Path, out: Path, settings: Settings) -> tuple[list[TensorPlan], int, int]:
-    """The plan, the exact bytes that `convert` would write, and in how many files."""
+    """The plan, the exact bytes that `convert` would write, and in how many files. For mixed precision it calibrates and measures."""
     check_output(out)
-    with tempfile.TemporaryDirectory(prefix="aaac-") as scratch, full_precision(source, Path(scratch), header_only=True) as header:
-        plans, quantized, inputs = outline(source, header, settings)
-        layout = shards(out, output_metadata(header, settings, inputs, quantized), [p.info for p in plans], settings.split_max_size)
+    with tempfile.TemporaryDirectory(prefix="aaac-") as folder:
+        scratch = Path(folder)
+        with full_precision(source, scratch, header_only=True) as header:
+            plans, quantized, inputs = outline(source, header, settings)
+            metadata = output_metadata(header, settings, inputs, quantized)
+        if settings.mixes:
+            with full_precision(source, scratch) as file:
+                _, moments = measure(source, file, inputs, settings, quantized)
+                plans = mixed_plans(file, plans, metadata, settings, moments)
+        layout = shards(out, metadata, [p.info for p in plans], settings.split_max_size)
         return plans, layout_bytes(layout), len(layout)
 
 

@@ -6,10 +6,19 @@ A tensor's part in the divergence is `tr(O (W - Q) H (W - Q)^T) / 2` (see `hessi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
+from torch import Tensor
+from tqdm import tqdm
+
+from .feedback import output_error
+from .gguf_io import tensor_bytes
+from .hessian import Moments
+from .plan import TensorPlan
+from .quantize import quantize, quantizer_type
 
 # Smallest first. Types between these cost more error for their bytes than a mixture of their neighbours.
 CANDIDATES = (T["AAAC4_G128"], T["AAAC4_G32"], T["AAAC4_G16"], T.Q5_K, T.Q6_K, T.Q8_0)
@@ -22,6 +31,30 @@ class Choice:
     type: T
     n_bytes: int
     loss: float
+
+
+def measured(
+    plans: Sequence[TensorPlan], weight_of: Callable[[str], Tensor], moments_of: Callable[[str, Tensor], Moments | None], seed: int
+) -> dict[str, list[Choice]]:
+    """What every type that fits costs each matrix, by quantizing its weights float32 [N, K] or [E, N, K]; smallest first.
+
+    Experts, and matrices of too many outputs, are taken to matter as much as an average weight: of their gradients nothing is known.
+    """
+    errors: dict[str, dict[T, float]] = {}
+    stakes: dict[str, float] = {}  # the divergence at a relative error of 1, all of the matrix gone
+    for plan in tqdm(plans, desc="measuring types", unit="tensor", disable=None, leave=False):
+        weight = weight_of(plan.name)
+        seen = moments_of(plan.name, weight)
+        hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
+        fitting = [t for t in CANDIDATES if plan.shape[-1] % GGML_QUANT_SIZES[t][0] == 0]
+        errors[plan.name] = {t: quantize(weight, quantizer_type(t), None, hessian, outputs, seed=seed).weighted_error for t in fitting}
+        if hessian is not None and outputs is not None:
+            stakes[plan.name] = output_error(weight, hessian, outputs) / 2
+    average = sum(stakes.values()) / sum(p.n_weights for p in plans if p.name in stakes) if stakes else 1.0
+    return {
+        p.name: [Choice(t, tensor_bytes(p.shape, t), error * stakes.get(p.name, average * p.n_weights)) for t, error in errors[p.name].items()]
+        for p in plans
+    }
 
 
 def choose(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice] | None:

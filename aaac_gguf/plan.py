@@ -14,10 +14,10 @@ from .errors import AaacError
 from .gguf_io import GgufFile, TensorInfo, tensor_bytes
 
 PLAIN_TYPES = (T.F32, T.F16, T.BF16)
-WRITABLE_TYPES = (*PLAIN_TYPES, T.Q8_0, T.Q6_K, T.Q4_0, T.IQ4_NL, *(T[name] for name in fmt.TYPES))
+WRITABLE_TYPES = (*PLAIN_TYPES, T.Q8_0, T.Q6_K, T.Q5_K, T.Q4_0, T.IQ4_NL, *(T[name] for name in fmt.TYPES))
 
 # What a type becomes where the row length is not a multiple of its block: the next longer grid that fits.
-FALLBACK = {T["AAAC4_G128"]: T["AAAC4_G32"], T["AAAC4_G32"]: T.Q8_0, T["AAAC4_G16"]: T.Q8_0, T.Q6_K: T.Q8_0, T.Q8_0: T.F16}
+FALLBACK = {T["AAAC4_G128"]: T["AAAC4_G32"], T["AAAC4_G32"]: T.Q8_0, T["AAAC4_G16"]: T.Q8_0, T.Q5_K: T.Q8_0, T.Q6_K: T.Q8_0, T.Q8_0: T.F16}
 FALLBACK |= {T.Q4_0: T.F16, T.IQ4_NL: T.F16}
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")

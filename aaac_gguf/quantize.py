@@ -10,15 +10,16 @@ from typing import Literal
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as T
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .codebook import fit, fit_paper
 from .encode import Encoded, Grid, decode, encode, encode_absmax, row_chunks
 from .feedback import Factor, factor, feedback, feedback_on_steps, output_error
-from .format import MAX_LEVEL, AaacType, Codec, pack, scale_factors
-from .kquants import KQuant
-from .stock import StockType
+from .format import MAX_LEVEL, TYPES_BY_ID, AaacType, Codec, pack, scale_factors
+from .kquants import KQUANTS, KQuant
+from .stock import STOCK_TYPES, StockType
 
 Method = Literal["aaac", "paper"]
 
@@ -26,6 +27,11 @@ Method = Literal["aaac", "paper"]
 _FIT_SAMPLE = 1 << 20
 # A channel that calibration saw inactive keeps this share of the mean importance, so that its weights are still rounded sensibly.
 _IMPORTANCE_FLOOR = 1e-8
+
+
+def quantizer_type(ggml_type: T) -> AaacType | StockType | KQuant:
+    """What `quantize` takes for a type that is rounded by search."""
+    return TYPES_BY_ID.get(ggml_type) or STOCK_TYPES.get(ggml_type) or KQUANTS[ggml_type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,9 +29,7 @@ from aaac_gguf import calibrate, checkpoint, codebook, convert, gguf_io, hessian
 from aaac_gguf import format as fmt
 from aaac_gguf.encode import Grid, decode
 from aaac_gguf.feedback import factor, feedback
-from aaac_gguf.kquants import KQUANTS
-from aaac_gguf.quantize import quantize
-from aaac_gguf.stock import STOCK_TYPES
+from aaac_gguf.quantize import quantize, quantizer_type
 
 CONTEXT = 512
 IQ4_NL = torch.tensor(codebook._IQ4_NL, dtype=torch.float32)
@@ -189,7 +187,6 @@ def with_feedback(table: Callable[[Layer], Tensor]) -> Method:
 
 def ours(ggml_type: T, mode: str) -> Method:
     """A type as `quantize` makes it."""
-    qtype = fmt.TYPES_BY_ID.get(ggml_type) or STOCK_TYPES.get(ggml_type) or KQUANTS[ggml_type]
 
     def reconstruct(layer: Layer, seed: int) -> Tensor:
         given: dict[str, Any] = {
@@ -198,7 +195,7 @@ def ours(ggml_type: T, mode: str) -> Method:
             "columns": {"hessian": layer.moments.inputs},
             "columns and rows": {"hessian": layer.moments.inputs, "outputs": layer.moments.outputs},
         }[mode]
-        q = quantize(layer.weight, qtype, seed=seed, **given)
+        q = quantize(layer.weight, quantizer_type(ggml_type), seed=seed, **given)
         return torch.from_numpy(gguf_io.dequantize(q.data, ggml_type, q.codec))
 
     return reconstruct
