@@ -273,6 +273,7 @@ def plot(results: dict[str, Any], out: Path) -> None:
         axis.set_xlabel(f"mean KL divergence, {text}")
     figure.tight_layout()
     figure.savefig(out, format="svg")
+    plt.close(figure)
 
 
 def write(args: argparse.Namespace, digests: dict[str, str], calibration_seconds: float, rows: list[dict[str, Any]]) -> None:
