@@ -25,6 +25,12 @@ TARGETS = {
     "generic": ((), (), ("-DAAAC_GENERIC",)),
     "avx2": (X86, ("avx2", "fma"), ("-mavx2", "-mfma")),
     "avx-vnni": (X86, ("avx2", "fma", "avx_vnni"), ("-mavx2", "-mfma", "-mavxvnni")),
+    # the same code where only AVX-512 has the instruction: without DQ the AVX-512 kernels are not chosen
+    "avx-vnni-evex": (
+        X86,
+        ("avx512bw", "avx512vl", "avx512_vnni"),
+        ("-mavx2", "-mfma", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-D__AVXVNNI__"),
+    ),
     "avx512-vnni": (
         X86,
         ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),

@@ -184,14 +184,14 @@ static char * align64(void * p) {
     return (char *) (((uintptr_t) p + 63)/64*64);
 }
 
-// src1 to 8 bits; the threads share columns, or the blocks of each where columns are few
+// src1 to 8 bits; the threads share columns, or the chunks of each where columns are few
 static void quantize_src1(const ggml_compute_params * params, const ggml_tensor * src1, char * acts, size_t act_size) {
     const int64_t k      = src1->ne[0];
     const int64_t n_cols = ggml_nrows(src1);
     const bool    split  = n_cols < params->nth;
-    const int64_t blocks = k/aaac::ACT_BLOCK;
-    const int64_t from   = split ? blocks* params->ith     /params->nth*aaac::ACT_BLOCK : 0;
-    const int64_t to     = split ? blocks*(params->ith + 1)/params->nth*aaac::ACT_BLOCK : k;
+    const int64_t chunks = (k + aaac::CHUNK - 1)/aaac::CHUNK;
+    const int64_t from   = split ? chunks*params->ith/params->nth*aaac::CHUNK : 0;
+    const int64_t to     = split ? std::min(k, chunks*(params->ith + 1)/params->nth*aaac::CHUNK) : k;
     for (int64_t j = split ? 0 : params->ith; j < n_cols; j += split ? 1 : params->nth) {
         const int64_t i11 = j % src1->ne[1];
         const int64_t i12 = j/src1->ne[1] % src1->ne[2];

@@ -18,6 +18,7 @@ constexpr int LEVEL_OFFSET = 128;
 #else
 constexpr int LEVEL_OFFSET = 0;
 #endif
+constexpr float SCALE_FACTOR = 1.0f; // of weight_chunk::scale
 
 using vec_i = __m256i;
 using vec_f = __m256;
@@ -112,9 +113,7 @@ inline __m256i load_32(const void * p) { return _mm256_loadu_si256((const __m256
 struct act_chunk {
     __m256i q[4];
 #if defined(__AVXVNNI__)
-    __m256i corr[2]; // one of the two lanes of a group
-#else
-    __m256i abs[4];
+    __m256i corr; // the first of the two lanes of a group in the first pair, the second in the second
 #endif
     __m256  d;
 
@@ -130,12 +129,7 @@ struct act_chunk {
         d = _mm256_set_m128(_mm_permute_ps(scales, 0xD8), _mm_permute_ps(scales, 0xD8));
 #if defined(__AVXVNNI__)
         const __m256i c = two ? load_32(act.corr + i/16) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *) (act.corr + i/16)));
-        corr[0] = _mm256_blend_epi32(_mm256_setzero_si256(), _mm256_permutevar8x32_epi32(c, _mm256_setr_epi32(0, 0, 4, 0, 1, 0, 5, 0)), 0x55);
-        corr[1] = _mm256_blend_epi32(_mm256_setzero_si256(), _mm256_permutevar8x32_epi32(c, _mm256_setr_epi32(2, 0, 6, 0, 3, 0, 7, 0)), 0x55);
-#else
-        for (int j = 0; j < 4; ++j) {
-            abs[j] = _mm256_abs_epi8(q[j]);
-        }
+        corr = _mm256_permutevar8x32_epi32(c, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 #endif
     }
 };
@@ -144,7 +138,7 @@ struct act_chunk {
 template <class T>
 struct weight_chunk {
     __m256i levels[4];
-    __m256  scale; // f(code): the caller multiplies its sum by the tensor's d
+    __m256  scale; // SCALE_FACTOR*f(code): the caller multiplies its sum by the tensor's d
 
     weight_chunk(const levels_table & t, const uint8_t * chunk) {
         int32_t header[2];
@@ -176,16 +170,18 @@ struct weight_chunk {
     }
 };
 
-// 4 sums of 4 in each 128-bit part: levels i, i + 1 times activations
-template <class T>
-__m256i dot_pair(const weight_chunk<T> & w, const act_chunk & a, int i) {
+// 4 sums of 4 in each 128-bit part: levels 2*pair, 2*pair + 1 times activations
+template <class T, int pair>
+__m256i dot_pair(const weight_chunk<T> & w, const act_chunk & a) {
+    constexpr int i = 2*pair;
 #if defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(a.corr[i/2], w.levels[i], a.q[i]), w.levels[i + 1], a.q[i + 1]);
+    const __m256i corr = _mm256_blend_epi32(_mm256_setzero_si256(), a.corr, pair == 0 ? 0x55 : 0xAA);
+    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(corr, w.levels[i], a.q[i]), w.levels[i + 1], a.q[i + 1]);
 #else
     // |a| * sign(w, a): at most 2*127*127 < 2^15
     const __m256i one = _mm256_set1_epi16(1);
-    const __m256i p0  = _mm256_maddubs_epi16(a.abs[i],     _mm256_sign_epi8(w.levels[i],     a.q[i]));
-    const __m256i p1  = _mm256_maddubs_epi16(a.abs[i + 1], _mm256_sign_epi8(w.levels[i + 1], a.q[i + 1]));
+    const __m256i p0  = _mm256_maddubs_epi16(_mm256_abs_epi8(a.q[i]),     _mm256_sign_epi8(w.levels[i],     a.q[i]));
+    const __m256i p1  = _mm256_maddubs_epi16(_mm256_abs_epi8(a.q[i + 1]), _mm256_sign_epi8(w.levels[i + 1], a.q[i + 1]));
     return _mm256_add_epi32(_mm256_madd_epi16(p0, one), _mm256_madd_epi16(p1, one));
 #endif
 }
@@ -193,8 +189,8 @@ __m256i dot_pair(const weight_chunk<T> & w, const act_chunk & a, int i) {
 // sums of the products of each group, times their scales
 template <class T>
 __m256 multiply(const weight_chunk<T> & w, const act_chunk & a, __m256 sum) {
-    const __m256 p0   = _mm256_castsi256_ps(dot_pair(w, a, 0));
-    const __m256 p1   = _mm256_castsi256_ps(dot_pair(w, a, 2));
+    const __m256 p0   = _mm256_castsi256_ps(dot_pair<T, 0>(w, a));
+    const __m256 p1   = _mm256_castsi256_ps(dot_pair<T, 1>(w, a));
     const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(p0, p1, 0x88));
     const __m256i odd  = _mm256_castps_si256(_mm256_shuffle_ps(p0, p1, 0xDD));
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)), _mm256_mul_ps(w.scale, a.d), sum);

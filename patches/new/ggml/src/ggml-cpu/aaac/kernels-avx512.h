@@ -14,6 +14,7 @@ constexpr int DOT_COLS     = 4;
 constexpr int MAX_DOT_COLS = 16;
 constexpr int CHUNK        = 256; // weights of a row that dot_rows takes at once
 constexpr int LEVEL_OFFSET = 128;
+constexpr float SCALE_FACTOR = 2.0f; // of weight_chunk::scale
 
 using vec_i = __m512i;
 using vec_f = __m512;
@@ -104,7 +105,7 @@ template <class T> alignas(64) static constexpr chunk_order<T> order;
 // the activations of one column in that order
 struct act_chunk {
     __m512i q[4];
-    __m512i corr[2]; // one of the two lanes of a group
+    __m512i corr; // the first of the two lanes of a group in p[0], the second in p[1]
     __m512  d;
 
     void load(const act_view & act, int64_t i, int64_t k) {
@@ -117,8 +118,7 @@ struct act_chunk {
         }
         const int n = (int) (k - i < 256 ? k - i : 256);
         const __m512i c = _mm512_maskz_loadu_epi32((__mmask16) ((1u << n/16) - 1), act.corr + i/16);
-        corr[0] = _mm512_maskz_permutexvar_epi32(0x5555, _mm512_setr_epi32(0, 0,  8, 0, 1, 0,  9, 0, 4, 0, 12, 0, 5, 0, 13, 0), c);
-        corr[1] = _mm512_maskz_permutexvar_epi32(0x5555, _mm512_setr_epi32(2, 0, 10, 0, 3, 0, 11, 0, 6, 0, 14, 0, 7, 0, 15, 0), c);
+        corr = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15), c);
         d = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5, 2, 6, 3, 7, 2, 6, 3, 7),
                                   _mm512_maskz_loadu_ps((__mmask16) ((1u << n/32) - 1), act.d + i/32));
     }
@@ -132,7 +132,7 @@ struct act_chunk {
 template <class T>
 struct weight_chunk {
     __m512i levels[4];
-    __m512  scale; // f(code): the caller multiplies its sum by the tensor's d
+    __m512  scale; // SCALE_FACTOR*f(code): the caller multiplies its sum by the tensor's d
 
     weight_chunk(const levels_table & t, const uint8_t * chunk) {
         constexpr int half = (int) row_bytes<T>(CHUNK)/2;
@@ -150,10 +150,10 @@ struct weight_chunk {
         levels[2] = look_up(t, _mm512_srli_epi16(q0, 4), hi);
         levels[3] = look_up(t, _mm512_srli_epi16(q1, 4), hi);
 
-        // a rotation puts the code where aaac_scale_factor shifts it to
+        // a rotation puts the code where aaac_scale_factor shifts it to; 2.0 has zeros where the code may carry to, so that an "or" adds
         const __m512i codes = _mm512_rolv_epi32(headers, _mm512_sub_epi32(_mm512_set1_epi32(23 - t.m), _mm512_load_si512(order<T>.code)));
         const __m512i mask  = _mm512_set1_epi32((T::n_codes - 1) << (23 - t.m));
-        scale = _mm512_castsi512_ps(_mm512_maskz_add_epi32(_mm512_test_epi32_mask(codes, mask), _mm512_and_si512(codes, mask), _mm512_set1_epi32(0x3F800000)));
+        scale = _mm512_castsi512_ps(_mm512_maskz_ternarylogic_epi32(_mm512_test_epi32_mask(codes, mask), codes, mask, _mm512_set1_epi32(0x40000000), 0xEA)); // codes & mask | 2.0
     }
 
 #if defined(__AVX512VBMI__)
@@ -181,8 +181,8 @@ struct weight_chunk {
 // sums of the products of each group, times their scales
 template <class T>
 __m512 multiply(const weight_chunk<T> & w, const act_chunk & a, __m512 sum) {
-    const __m512i p0 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.corr[0], w.levels[0], a.q[0]), w.levels[1], a.q[1]);
-    const __m512i p1 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.corr[1], w.levels[2], a.q[2]), w.levels[3], a.q[3]);
+    const __m512i p0 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_maskz_mov_epi32(0x5555, a.corr), w.levels[0], a.q[0]), w.levels[1], a.q[1]);
+    const __m512i p1 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_maskz_mov_epi32(0xAAAA, a.corr), w.levels[2], a.q[2]), w.levels[3], a.q[3]);
     const __m512 even = _mm512_shuffle_ps(_mm512_castsi512_ps(p0), _mm512_castsi512_ps(p1), 0x88);
     const __m512 odd  = _mm512_shuffle_ps(_mm512_castsi512_ps(p0), _mm512_castsi512_ps(p1), 0xDD);
     const __m512i p = _mm512_add_epi32(_mm512_castps_si512(even), _mm512_castps_si512(odd));

@@ -9,6 +9,7 @@ constexpr int TILE_COLS    = 4;
 constexpr int DOT_ROWS     = 1;
 constexpr int DOT_COLS     = 4;
 constexpr int MAX_DOT_COLS = 4;
+constexpr int CHUNK        = ACT_BLOCK;
 constexpr int LEVEL_OFFSET = 0; // added to the int8 levels of a tile where the dot product wants unsigned weights
 
 struct vec_i { int32_t v[TILE_ROWS]; };
@@ -38,6 +39,10 @@ inline float quantize_block(const float * x, int8_t * q) {
     }
     return d;
 }
+
+// dot_rows takes the activations as they are
+inline size_t act_chunks_size(int64_t /* k */) { return 0; }
+inline void reorder_act(const act_view &, int64_t /* k */, int64_t /* from */, int64_t /* to */) {}
 
 // one row times C columns: out[c][0]
 template <class T, int R, int C>

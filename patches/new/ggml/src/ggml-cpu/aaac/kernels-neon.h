@@ -11,6 +11,7 @@ constexpr int TILE_COLS    = 8;
 constexpr int DOT_ROWS     = 1;
 constexpr int DOT_COLS     = 4;
 constexpr int MAX_DOT_COLS = 4;
+constexpr int CHUNK        = ACT_BLOCK;
 constexpr int LEVEL_OFFSET = 0;
 
 using vec_i = int32x4_t;
@@ -61,6 +62,10 @@ inline float quantize_block(const float * x, int8_t * q) {
     }
     return d;
 }
+
+// dot_rows takes the activations as they are
+inline size_t act_chunks_size(int64_t /* k */) { return 0; }
+inline void reorder_act(const act_view &, int64_t /* k */, int64_t /* from */, int64_t /* to */) {}
 
 // one row times C columns: out[c][0]
 template <class T, int R, int C>

@@ -87,27 +87,32 @@ constexpr size_t row_bytes(int64_t n) {
     return n/T::size*sizeof(typename T::block);
 }
 
+struct act_chunk; // CHUNK activations in the order of dot_rows, where it wants one of its own
+
 // One column of k quantized activations in memory.
-//   q     int8  [k]      rounded to nearest, in [-127, 127]
-//   d     float [k/32]   scales
-//   corr  int32 [k/16]   see LEVEL_OFFSET
+//   q       int8  [k]                rounded to nearest, in [-127, 127]
+//   d       float [k/32]             scales
+//   corr    int32 [k/16]             see LEVEL_OFFSET
+//   chunks  [k/CHUNK, rounded up]    the same once more for dot_rows; at a multiple of 64 bytes
 struct act_view {
-    const int8_t  * q;
-    const float   * d;
-    const int32_t * corr;
+    const int8_t    * q;
+    const float     * d;
+    const int32_t   * corr;
+    const act_chunk * chunks;
 
     act_view() = default;
     act_view(const void * data, int64_t k) {
-        q    = (const int8_t  *) data;
-        d    = (const float   *) (q + k);
-        corr = (const int32_t *) (d + k/ACT_BLOCK);
+        q      = (const int8_t    *) data;
+        d      = (const float     *) (q + k);
+        corr   = (const int32_t   *) (d + k/ACT_BLOCK);
+        chunks = (const act_chunk *) (q + natural_size(k));
+    }
+
+    // bytes of q, d and corr
+    static size_t natural_size(int64_t k) {
+        return (k + k/ACT_BLOCK*sizeof(float) + k/16*sizeof(int32_t) + 63)/64*64;
     }
 };
-
-// with room for the loads of dot_rows, which reach past the end of q to a multiple of CHUNK
-inline size_t act_size(int64_t k) {
-    return (k + k/ACT_BLOCK*sizeof(float) + k/16*sizeof(int32_t) + 192 + 63)/64*64;
-}
 
 } // namespace aaac
 
@@ -136,7 +141,12 @@ struct weights {
     }
 };
 
-// elements [from, to) of x[k] to one column of activations; from and to are whole blocks
+// bytes of one column of activations
+inline size_t act_size(int64_t k) {
+    return (act_view::natural_size(k) + act_chunks_size(k) + 63)/64*64;
+}
+
+// elements [from, to) of x[k] to one column of activations; from and to are multiples of CHUNK, or k
 inline void quantize_act(const float * x, void * data, int64_t k, int64_t from, int64_t to) {
     const act_view view(data, k);
     int8_t  * q    = const_cast<int8_t  *>(view.q);
@@ -152,6 +162,7 @@ inline void quantize_act(const float * x, void * data, int64_t k, int64_t from, 
             corr[(i + j)/16] = -LEVEL_OFFSET*sum;
         }
     }
+    reorder_act(view, k, from, to);
 }
 
 // n_rows rows times C columns: out[c][0 .. n_rows)
