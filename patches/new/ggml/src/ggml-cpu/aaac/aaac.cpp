@@ -8,9 +8,13 @@
 
 #include <algorithm>
 
-// Rows that a thread takes at a time: small enough to balance the threads, a multiple of every TILE_ROWS.
-static constexpr int64_t CHUNK_ROWS = 32;
-static_assert(CHUNK_ROWS % aaac::TILE_ROWS == 0, "chunks are whole tiles");
+static constexpr int64_t MIN_CHUNK_ROWS = 32;
+static_assert(MIN_CHUNK_ROWS % aaac::TILE_ROWS == 0, "chunks are whole tiles");
+
+// Rows that a thread takes at a time: few enough to balance the threads, many enough that each reads long stretches of memory.
+static int64_t rows_per_chunk(int64_t n_rows, int n_threads) {
+    return std::max(MIN_CHUNK_ROWS, n_rows/(8*n_threads)/MIN_CHUNK_ROWS*MIN_CHUNK_ROWS);
+}
 
 static size_t pad64(size_t n) {
     return (n + 63)/64*64;
@@ -220,15 +224,16 @@ static void compute_mul_mat(const ggml_compute_params * params, ggml_tensor * ds
     ggml_barrier(params->threadpool);
 
     const int64_t n_rows     = src0->ne[1];
-    const int64_t n_chunks   = (n_rows + CHUNK_ROWS - 1)/CHUNK_ROWS;
+    const int64_t chunk_rows = rows_per_chunk(n_rows, params->nth);
+    const int64_t n_chunks   = (n_rows + chunk_rows - 1)/chunk_rows;
     const int64_t n_matrices = src0->ne[2]*src0->ne[3];
     for (int64_t chunk = params->ith; chunk < n_chunks*n_matrices; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t row0 = chunk % n_chunks * CHUNK_ROWS;
+        const int64_t row0 = chunk % n_chunks * chunk_rows;
         const int64_t i02  = chunk/n_chunks % src0->ne[2];
         const int64_t i03  = chunk/n_chunks / src0->ne[2];
         const mul_mat_columns columns = { dst, wdata + wk.acts, wk.act_size, i02, i03, src1->ne[2]/src0->ne[2], src1->ne[3]/src0->ne[3] };
         mul_rows(src0->type, w, (const char *) src0->data + i02*src0->nb[2] + i03*src0->nb[3], src0->nb[1], src0->ne[0],
-                 row0, std::min(row0 + CHUNK_ROWS, n_rows), columns, tile);
+                 row0, std::min(row0 + chunk_rows, n_rows), columns, tile);
     }
 }
 
@@ -287,17 +292,18 @@ static void compute_mul_mat_id(const ggml_compute_params * params, ggml_tensor *
     const aaac::weights w(ggml_aaac_get_params(src0));
     ggml_barrier(params->threadpool);
 
-    const int64_t n_rows   = src0->ne[1];
-    const int64_t n_chunks = (n_rows + CHUNK_ROWS - 1)/CHUNK_ROWS;
+    const int64_t n_rows     = src0->ne[1];
+    const int64_t chunk_rows = rows_per_chunk(n_rows, params->nth);
+    const int64_t n_chunks   = (n_rows + chunk_rows - 1)/chunk_rows;
     for (int64_t chunk = params->ith; chunk < n_chunks*n_experts; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t row0 = chunk % n_chunks * CHUNK_ROWS;
+        const int64_t row0 = chunk % n_chunks * chunk_rows;
         const int32_t a    = used[chunk/n_chunks];
         if (a < 0) {
             break; // past the last expert in use
         }
         const mul_mat_id_columns columns = { dst, wdata + wk.acts, wk.act_size, uses + starts[a], starts[a + 1] - starts[a] };
         mul_rows(src0->type, w, (const char *) src0->data + a*src0->nb[2], src0->nb[1], src0->ne[0],
-                 row0, std::min(row0 + CHUNK_ROWS, n_rows), columns, tile);
+                 row0, std::min(row0 + chunk_rows, n_rows), columns, tile);
     }
 }
 
