@@ -16,73 +16,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
-from gguf import GGUFValueType
+from random_models import Shape, grow, one_layer
 
 from aaac_gguf import format as fmt
 from aaac_gguf.convert import Calibration, Settings, convert
-from aaac_gguf.gguf_io import GgufFile, TensorInfo, Value, codec_values, field_values, read, write
+from aaac_gguf.gguf_io import read
 from aaac_gguf.quantize import quantize
 from aaac_gguf.report import table
 
-N_LAYERS, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB = 32, 4096, 14336, 32, 8, 128256
-LINEAR = {"attn_q": (N_EMBD, N_EMBD), "attn_k": (1024, N_EMBD), "attn_v": (1024, N_EMBD), "attn_output": (N_EMBD, N_EMBD),
-          "ffn_gate": (N_FF, N_EMBD), "ffn_up": (N_FF, N_EMBD), "ffn_down": (N_EMBD, N_FF)}  # fmt: skip
+SHAPE = Shape(n_layers=32, n_embd=4096, n_ff=14336, n_head=32, n_head_kv=8, n_vocab=128256, tied=False)
 STOCK = ("Q4_0", "IQ4_NL", "Q4_K_S", "NVFP4", "Q8_0")
 TESTS = ("pp512", "pp2048", "tg128")
 RATIOS = (("tg128", "IQ4_NL"), ("tg128", "Q4_0"), ("pp512", "IQ4_NL"), ("pp512", "Q4_0"))
 
 
-def one_layer(path: Path) -> None:
-    """A Llama of one layer with random F16 weights and no tokenizer."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(8192)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_HEAD_KV)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_vocab_size(N_VOCAB)
-    writer.add_tokenizer_model("none")
-    normal = lambda *shape: (0.02 * rng.standard_normal(shape, dtype=np.float32)).astype(np.float16)  # noqa: E731
-    for name in ("token_embd", "output"):
-        writer.add_tensor(f"{name}.weight", normal(N_VOCAB, N_EMBD))
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(N_EMBD, np.float32))
-    for name, shape in LINEAR.items():
-        writer.add_tensor(f"blk.0.{name}.weight", normal(*shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def repeat_layer(source: GgufFile, out: Path) -> None:
-    """The model of N_LAYERS layers that all hold the bytes of the one in `source`."""
-    infos, origin, codecs = [], {}, {}
-    for name, tensor in source.tensors.items():
-        for i in range(N_LAYERS if name.startswith("blk.0.") else 1):
-            new = name.replace("blk.0.", f"blk.{i}.")
-            infos.append(TensorInfo(new, tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type))
-            origin[new] = name
-            if name in source.codecs:
-                codecs[new] = source.codecs[name]
-    metadata = {key: value for key, value in field_values(source.fields).items() if not key.startswith("aaac.") or key == fmt.KEY_QUANTIZER}
-    metadata["llama.block_count"] = Value(N_LAYERS, GGUFValueType.UINT32)
-    metadata |= codec_values(codecs) if codecs else {}
-    write(out, metadata, infos, (source.tensors[origin[info.name]].data for info in infos))
-
-
 def make_models(binaries: Path, work: Path) -> dict[str, Path]:
     """One file per type, embeddings and output in Q6_K as by default (F16 in the F16 model)."""
     full = work / "layer-F16.gguf"
-    one_layer(full)
+    one_layer(full, SHAPE)
     layers = {"F16": full}
     for name in fmt.TYPES:
         layers[name] = work / f"layer-{name}.gguf"
@@ -93,7 +46,7 @@ def make_models(binaries: Path, work: Path) -> dict[str, Path]:
         command = [binaries / "llama-quantize", "--token-embedding-type", "q6_k", "--output-tensor-type", "q6_k"]
         # no preset makes an NVFP4 file, so every matrix is named
         command += (
-            ["--tensor-type", rf"blk.*({'|'.join(LINEAR)})=nvfp4", full, layers[name], "Q8_0"]
+            ["--tensor-type", rf"blk.*({'|'.join(SHAPE.linear)})=nvfp4", full, layers[name], "Q8_0"]
             if name == "NVFP4"
             else ["--pure", full, layers[name], name]
         )
@@ -105,7 +58,7 @@ def make_models(binaries: Path, work: Path) -> dict[str, Path]:
     for name, layer in layers.items():
         models[name] = work / f"model-{name}.gguf"
         models[name].unlink(missing_ok=True)
-        repeat_layer(read(layer), models[name])
+        grow(read(layer), SHAPE, models[name])
         layer.unlink()
     return models
 
@@ -124,7 +77,7 @@ def quantizer_seconds(method: str) -> float:
     """Seconds to quantize the linear weights of the model on the GPU, importance given: one layer, times the layers."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     seconds = 0.0
-    for shape in LINEAR.values():
+    for shape in SHAPE.linear.values():
         weight = 0.02 * torch.randn(shape, device="cuda", generator=generator)
         importance = torch.rand(shape[1], device="cuda", generator=generator) + 0.1
         times = []
@@ -135,7 +88,7 @@ def quantizer_seconds(method: str) -> float:
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         seconds += statistics.median(times)
-    return seconds * N_LAYERS
+    return seconds * SHAPE.n_layers
 
 
 def main() -> None:
@@ -168,7 +121,7 @@ def main() -> None:
         rows.append((name, f"{results['bytes'][name] / 1e9:.2f}", *cells, *ratios))
     heading = ("type", "GB", *(f"{t}, tokens/s (range)" for t in TESTS), *(f"{t} / {other}" for t, other in RATIOS))
     text = f"{results['device']}, {results['llama.cpp']}, random weights in the shape of Llama 8B\n{table(heading, rows)}\n\n" + "\n".join(
-        f"quantize to AAAC4_G16 on the GPU, importance given, method {m}: {s:.1f} s (one layer times {N_LAYERS})"
+        f"quantize to AAAC4_G16 on the GPU, importance given, method {m}: {s:.1f} s (one layer times {SHAPE.n_layers})"
         for m, s in results["quantizer_seconds"].items()
     )
     (args.out / "gpu-models.txt").write_text(text + "\n")

@@ -17,6 +17,14 @@ inline void reorder_act(const act_view & act, int64_t k, int64_t from, int64_t t
     }
 }
 
+// the rows that no prefetch of dot_rows is in time for
+inline void prefetch_start(const char * rows, size_t row_stride, int n_rows) {
+    const size_t n_bytes = (n_rows < PREFETCH_ROWS ? n_rows : PREFETCH_ROWS)*row_stride;
+    for (size_t b = 0; b < n_bytes; b += 64) {
+        _mm_prefetch(rows + b, _MM_HINT_T1);
+    }
+}
+
 // out[c][r]
 template <class T, int R, int C>
 void dot_rows(const levels_table & table, const float * /* the scales are computed from their codes */, const char * rows, size_t row_stride, int64_t k,

@@ -66,6 +66,7 @@ inline float quantize_block(const float * x, int8_t * q) {
 // dot_rows takes the activations as they are
 inline size_t act_chunks_size(int64_t /* k */) { return 0; }
 inline void reorder_act(const act_view &, int64_t /* k */, int64_t /* from */, int64_t /* to */) {}
+inline void prefetch_start(const char * /* rows */, size_t /* row_stride */, int /* n_rows */) {}
 
 // one row times C columns: out[c][0]
 template <class T, int R, int C>

@@ -169,6 +169,7 @@ inline void quantize_act(const float * x, void * data, int64_t k, int64_t from, 
 template <class T, int C>
 void mul_rows_cols(const weights & w, const char * rows, size_t row_stride, int n_rows, int64_t k, const act_view * acts, float * const * out) {
     float * at[C];
+    prefetch_start(rows, row_stride, n_rows);
     for (int r = 0; r < n_rows;) {
         for (int c = 0; c < C; ++c) {
             at[c] = out[c] + r;
