@@ -146,7 +146,7 @@ def groups(results: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def summary(results: dict[str, Any], shape: str, threads: int) -> str:
-    """Medians with ranges, ratios to the fastest stock types, and the share of the read bandwidth that token generation reaches."""
+    """Medians (range; number of measurements), ratios to the fastest stock types, and the share of the read bandwidth that tg64 reaches."""
     found = speeds(results, shape, threads)
     median = {name: {test: statistics.median(v) for test, v in tests.items()} for name, tests in found.items()}
     read_speed = bandwidth(results, shape, threads)
@@ -158,12 +158,12 @@ def summary(results: dict[str, Any], shape: str, threads: int) -> str:
     rows = []
     for name, tests in found.items():
         size = results["bytes"][shape][name]
-        cells = [f"{median[name][t]:.1f} ({min(tests[t]):.1f} - {max(tests[t]):.1f})" if t in tests else "-" for t in TESTS]
+        cells = [f"{median[name][t]:.1f} ({min(tests[t]):.1f} - {max(tests[t]):.1f}; {len(tests[t])})" if t in tests else "-" for t in TESTS]
         shares = [run["tokens_per_second"]["tg64"] * size / run["read"] for run in turns(results, shape, threads, name, "tg64")]
         share = f"{statistics.median(shares):.0%}" if shares else "-"
         ratios = ratio(name, "tg64", BITS_4_5), ratio(name, "pp512", BITS_4)
-        rows.append((name, str(max(map(len, tests.values()))), f"{size / 1e9:.3f}", *cells, *ratios, share))
-    heading = ("type", "n", "GB", *(f"{t}, tokens/s" for t in TESTS), "tg64 / best 4.5 bit", "pp512 / best 4 bit", "share of bandwidth")
+        rows.append((name, f"{size / 1e9:.3f}", *cells, *ratios, share))
+    heading = ("type", "GB", *(f"{t}, tokens/s" for t in TESTS), "tg64 / best 4.5 bit", "pp512 / best 4 bit", "share of bandwidth")
     return f"Llama {shape}, {threads} threads, read bandwidth {read_speed / 1e9:.1f} GB/s\n{table(heading, rows)}"
 
 
