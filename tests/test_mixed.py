@@ -98,7 +98,8 @@ def test_convert_keeps_the_budget(llama_source, tmp_path, capsys):
     capsys.readouterr()
     bits = 8 * sum(t.n_bytes for t in file.tensors.values()) / sum(t.n_elements for t in file.tensors.values())
     assert convert(demo.MODEL, tmp_path / "x.gguf", "--bpw", bits + 1e-6, "--dry-run", *args) == 0
-    planned = dict(line.split()[:1] + [line.split()[5]] for line in capsys.readouterr().out.splitlines() if line.startswith("blk.") and " x " in line)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("blk.") and " x " in line]
+    planned = {words[0]: words[5] for words in lines}
     assert planned == {name: types[name].name for name in planned}
 
 
