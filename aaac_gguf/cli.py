@@ -227,8 +227,6 @@ def _compare(args: argparse.Namespace) -> None:
 
     if args.calib and args.imatrix:
         raise AaacError("--calib and --imatrix: give one of them")
-    if args.bpw and args.size:
-        raise AaacError("--bpw and --size: give one of them")
     path = source.locate(args.source)
     settings = convert.Settings(
         embedding=plan.parse_type(args.embedding_type, "--embedding-type"),
