@@ -248,8 +248,9 @@ def _demo(args: argparse.Namespace) -> int:
 def _llama_build(args: argparse.Namespace) -> None:
     from . import llama, patch
 
+    built = llama.build_wheel(args.backend, args.arch) if args.python else llama.build(args.backend, args.arch, args.source)
     print(patch.summary(), file=sys.stderr)
-    print(llama.build_wheel(args.backend, args.arch) if args.python else llama.build(args.backend, args.arch, args.source))
+    print(built)
 
 
 def _llama_run(args: argparse.Namespace) -> int:

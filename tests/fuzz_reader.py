@@ -43,7 +43,7 @@ def use_imatrix(path: Path) -> None:
     fitted = imatrix.read_imatrix(path).fitted(path, shapes)
     for entry in fitted.entries.values():
         entry.importance()
-    fitted.not_covered(shapes)
+    fitted.coverage(dict.fromkeys(shapes, 1))
 
 
 def seeds(folder: Path) -> None:

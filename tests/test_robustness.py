@@ -25,7 +25,7 @@ from gguf import GGUFValueType as V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aaac_gguf import calibrate, cli, demo, gguf_io, imatrix, llama, report
+from aaac_gguf import calibrate, cli, demo, gguf_io, imatrix, llama, report, writer
 from aaac_gguf import format as fmt
 from aaac_gguf.errors import AaacError
 from aaac_gguf.gguf_io import TensorInfo, Value
@@ -335,10 +335,10 @@ class FullDisk:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("verb", ["convert", "dequantize"])
-def test_a_full_disk(verb, source, tmp_path, monkeypatch, refused):
-    opened = gguf_io.open_alone
-    monkeypatch.setattr(gguf_io, "open_alone", lambda path: FullDisk(opened(path)))
+@pytest.mark.parametrize(("verb", "module", "opener"), [("convert", writer, "open"), ("dequantize", gguf_io, "open_alone")])
+def test_a_full_disk(verb, module, opener, source, tmp_path, monkeypatch, refused):
+    opened = getattr(module, opener, open)
+    monkeypatch.setattr(module, opener, lambda *args: FullDisk(opened(*args)), raising=False)
     assert "the disk is full" in refused(verb, source, "-o", tmp_path / "out.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["source.gguf"]
 
@@ -350,17 +350,14 @@ def test_a_limit_on_file_sizes(source, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == f"aaac-gguf: error: {tmp_path / 'out.gguf'}: cannot be written: File too large; choose another output"
-    assert [p.name for p in tmp_path.iterdir()] == ["source.gguf"]
+    assert all(".partial" in p.name for p in tmp_path.iterdir() if p.name != "source.gguf")
 
 
 def test_two_conversions_into_one_output(source, tmp_path, refused):
     out = tmp_path / "out.gguf"
-    with gguf_io.atomic(out) as f:
-        f.write(b"first")
-        assert f"{out}: another aaac-gguf is writing it" in refused("convert", source, "-o", out)
-        f.write(b" of two")
-    assert out.read_bytes() == b"first of two"
-    assert cli.main(["convert", str(source), "-o", str(out)]) == 0  # the lock went with the file
+    with writer.Journal(out):
+        assert f"{out}: another conversion is writing it" in refused("convert", source, "-o", out)
+    assert cli.main(["convert", str(source), "-o", str(out)]) == 0  # the lock went with the journal
     assert {p.name for p in tmp_path.iterdir()} == {"source.gguf", "out.gguf"}
 
 
@@ -407,7 +404,7 @@ def test_signals_leave_nothing_half_written(number, tmp_path, rng):
     _, err = process.communicate()
     assert process.returncode == 128 + number, err
     assert err.splitlines()[-1].endswith(f"aaac-gguf: interrupted by {number.name}")
-    assert [p.name for p in tmp_path.iterdir()] == ["big.gguf"]
+    assert all(".partial" in p.name for p in tmp_path.iterdir() if p.name != "big.gguf")
 
 
 #
