@@ -82,5 +82,7 @@ class CompiledGrid(ctypes.Structure):
         """Call a function of search.c with this grid. Tensors live on the CPU, with the shapes and dtypes that search.c gives."""
         function = getattr(library(), name)
         function.restype = None
+        if set_threads := getattr(library(), "omp_set_num_threads", None):
+            set_threads(torch.get_num_threads())
         given = (ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments)
         function(ctypes.byref(self), *given)

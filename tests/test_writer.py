@@ -17,8 +17,9 @@ from conftest import write_source
 from aaac_gguf import cli, demo, evaluate, gguf_io, llama, writer
 from aaac_gguf.errors import AaacError
 
-# A process that starts by forking has torch loaded already.
-FORK = multiprocessing.get_context("fork")
+# Processes that have torch loaded already, forked from one that never ran it: torch's threads do not survive a fork.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch", "aaac_gguf.cli", "aaac_gguf.convert"])
 
 
 def convert(source, out, *args) -> int:
@@ -38,9 +39,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() if p.is_file() else b"a folder" for p in folder.iterdir()}
 
 
-def run_and_kill(conversion: tuple, *, after_syncs: int | None = None, after_seconds: float | None = None, context=FORK) -> int | None:
+def run_and_kill(conversion: tuple, *, after_syncs: int | None = None, after_seconds: float | None = None) -> int | None:
     """Convert in a process that gets SIGKILL at a time, or at its n-th call that makes something lasting; returns its exit code."""
-    process = context.Process(target=_child, args=(conversion, after_syncs))
+    process = FORK.Process(target=_child, args=(conversion, after_syncs))
     process.start()
     if after_seconds is not None:
         time.sleep(after_seconds)
@@ -49,7 +50,13 @@ def run_and_kill(conversion: tuple, *, after_syncs: int | None = None, after_sec
     return process.exitcode
 
 
+def _kilobytes(text: str) -> int:
+    """--split-max-size in K: the models here are small."""
+    return 1000 * int(text.removesuffix("K"))
+
+
 def _child(conversion: tuple, after_syncs: int | None) -> None:
+    cli._split_size = _kilobytes
     if after_syncs is not None:
         left = iter(range(after_syncs))
         for name in ("fsync", "replace"):
@@ -71,8 +78,7 @@ SPLIT = ("--split-max-size", "25K")
 
 @pytest.fixture
 def small_units(monkeypatch):
-    """--split-max-size in K too: the models here are small."""
-    monkeypatch.setattr(cli, "_size", lambda text: 1000 * int(text.removesuffix("K")))
+    monkeypatch.setattr(cli, "_split_size", _kilobytes)
 
 
 @pytest.mark.parametrize("args", [(), SPLIT], ids=["one file", "split"])
@@ -138,8 +144,7 @@ def test_a_calibrated_conversion_resumes(llama_source, tmp_path, capsys):
     report = capsys.readouterr().out
     (tmp_path / "killed").mkdir()
     out = tmp_path / "killed" / "out.gguf"
-    context = multiprocessing.get_context("spawn")  # torch's autograd does not work after a fork
-    assert run_and_kill((demo.MODEL, out, *args), after_syncs=30, context=context) == -signal.SIGKILL
+    assert run_and_kill((demo.MODEL, out, *args), after_syncs=30) == -signal.SIGKILL
     assert (tmp_path / "killed" / "out.gguf.partial.source").is_dir()
     capsys.readouterr()
     assert convert(demo.MODEL, out, *args, "--resume") == 0
