@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
                    "or a model on the Hugging Face Hub: hf://OWNER/NAME, or OWNER/NAME where no such path exists")  # fmt: skip
     p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
     p.add_argument("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128; "
-                   "Q4_0, IQ4_NL, Q8_0, which stock llama.cpp runs; BF16, F16, F32")  # fmt: skip
+                   "Q4_0, IQ4_NL, Q5_K, Q6_K, Q8_0, which stock llama.cpp runs; BF16, F16, F32")  # fmt: skip
     p.add_argument("--embedding-type", default="Q6_K", metavar="TYPE", help="type of token_embd and output in a 4-bit file (default Q6_K)")
     p.add_argument(
         "--tensor-type",
