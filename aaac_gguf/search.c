@@ -126,6 +126,20 @@ static void indices(const grid *g, const lanes *w, const pick *p, int size, lane
     }
 }
 
+// Up to LANES groups, their error weights, what the search found for them, and x = w / scale.
+typedef struct {
+    lanes w[MAX_GROUP], a[MAX_GROUP], x[MAX_GROUP];
+    pick found;
+    uint8_t index[MAX_GROUP][LANES];
+} groups;
+
+static void search_groups(const grid *g, const float *w, const float *a, int size, int width, const float *starts, int n_starts, groups *f) {
+    turn(w, size, width, f->w);
+    turn(a, size, width, f->a);
+    search(g, f->w, f->a, size, starts, n_starts, &f->found);
+    indices(g, f->w, &f->found, size, f->x, f->index);
+}
+
 // w, a, index [n][size]; code, error [n]; second [n][size / 16].
 void aaac_search(const grid *g, int64_t n, int64_t size, const float *w, const float *a, const float *starts, int64_t n_starts,
                  int64_t *code, uint8_t *second, float *error, uint8_t *index) {
@@ -133,18 +147,13 @@ void aaac_search(const grid *g, int64_t n, int64_t size, const float *w, const f
     for (int64_t first = 0; first < n; first += LANES) {
         const int width = n - first < LANES ? n - first : LANES;
         const int runs = size / RUN;
-        lanes wt[MAX_GROUP], at[MAX_GROUP], x[MAX_GROUP];
-        uint8_t found[MAX_GROUP][LANES];
-        pick p;
-        turn(w + first * size, size, width, wt);
-        turn(a + first * size, size, width, at);
-        search(g, wt, at, size, starts, n_starts, &p);
-        indices(g, wt, &p, size, x, found);
+        groups f;
+        search_groups(g, w + first * size, a + first * size, size, width, starts, n_starts, &f);
         for (int l = 0; l < width; l++) {
-            code[first + l] = p.code[l];
-            error[first + l] = p.loss[l];
-            for (int r = 0; r < runs; r++) second[(first + l) * runs + r] = p.second[r][l];
-            for (int k = 0; k < size; k++) index[(first + l) * size + k] = found[k][l];
+            code[first + l] = f.found.code[l];
+            error[first + l] = f.found.loss[l];
+            for (int r = 0; r < runs; r++) second[(first + l) * runs + r] = f.found.second[r][l];
+            for (int k = 0; k < size; k++) index[(first + l) * size + k] = f.index[k][l];
         }
     }
 }
@@ -173,18 +182,13 @@ void aaac_lloyd_sums(const grid *g, int64_t n, int64_t size, const float *w, con
         const int64_t stop = (slice + 1) * step < n ? (slice + 1) * step : n;
         for (int64_t first = slice * step; first < stop; first += LANES) {
             const int width = stop - first < LANES ? stop - first : LANES;
-            lanes wt[MAX_GROUP], at[MAX_GROUP], x[MAX_GROUP];
-            uint8_t found[MAX_GROUP][LANES];
-            pick p;
-            turn(w + first * size, size, width, wt);
-            turn(a + first * size, size, width, at);
-            search(g, wt, at, size, starts, n_starts, &p);
-            indices(g, wt, &p, size, x, found);
+            groups f;
+            search_groups(g, w + first * size, a + first * size, size, width, starts, n_starts, &f);
             for (int k = 0; k < size; k++) for (int l = 0; l < width; l++) {
-                const float s = g->scales[p.code[l]];
-                const float weight = at[k][l] * s * s;
-                const int key = p.second[k / RUN][l] * N_LEVELS + found[k][l];
-                parts[slice][0][key] += weight * x[k][l];
+                const float s = g->scales[f.found.code[l]];
+                const float weight = f.a[k][l] * s * s;
+                const int key = f.found.second[k / RUN][l] * N_LEVELS + f.index[k][l];
+                parts[slice][0][key] += weight * f.x[k][l];
                 parts[slice][1][key] += weight;
             }
         }
