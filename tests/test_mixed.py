@@ -52,6 +52,12 @@ def test_all_that_fits_is_used():
     assert choose(choices, 29) is None
 
 
+def test_a_small_step_does_not_hide_a_good_large_one():
+    chosen = choose(tensors([[(10, 700), (20, 693), (30, 0)], [(10, 350), (12, 315)]]), 40)
+    assert chosen
+    assert [c.n_bytes for c in chosen.values()] == [30, 10]
+
+
 @pytest.mark.parametrize("losses", [(9, 1), (1, 9)])
 def test_the_tensor_that_hurts_most_gets_the_bits(losses):
     choices = {name: [Choice(T.Q5_K, 10, loss), Choice(T.Q6_K, 12, loss / 10)] for name, loss in zip("ab", losses, strict=True)}
