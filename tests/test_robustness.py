@@ -393,8 +393,8 @@ def test_signals_leave_nothing_half_written(number, tmp_path, rng):
     weight = rng.normal(size=(4096, 1024)).astype(np.float16)
     big = write_source(tmp_path / "big.gguf", {f"blk.{i}.attn_q.weight": weight for i in range(8)})
     out, partial = tmp_path / "out.gguf", tmp_path / "out.gguf.partial"
-    # A parent in the background hands down that SIGINT is ignored, and that would last.
-    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    # A parent in the background hands down that SIGINT is ignored, and nohup that SIGHUP is, and that would last.
+    restore = lambda: signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)  # noqa: E731
     command = [sys.executable, "-m", "aaac_gguf", "convert", big, "-o", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
     deadline = time.monotonic() + 120
