@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: half-written files are removed on the way out."""
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: nothing that looks whole stays, and `convert --resume` can go on."""
     raise KeyboardInterrupt(number)
 
 
