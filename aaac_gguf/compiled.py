@@ -33,7 +33,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def native() -> ctypes.CDLL | None:
     """The compiled library, or None, with a warning, where it cannot be built."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
     if not compiler:
@@ -80,9 +80,9 @@ class CompiledGrid(ctypes.Structure):
 
     def call(self, name: str, *arguments: Tensor | int) -> None:
         """Call a function of search.c with this grid. Tensors live on the CPU, with the shapes and dtypes that search.c gives."""
-        function = getattr(library(), name)
+        function = getattr(native(), name)
         function.restype = None
-        if set_threads := getattr(library(), "omp_set_num_threads", None):
+        if set_threads := getattr(native(), "omp_set_num_threads", None):
             set_threads(torch.get_num_threads())
         given = (ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments)
         function(ctypes.byref(self), *given)

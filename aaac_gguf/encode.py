@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .compiled import CompiledGrid, library
+from .compiled import CompiledGrid, native
 from .format import MAX_LEVEL, SELECTOR_SIZE, AaacType, Codec
 
 # Where the search starts, by group size, relative to the scale that maps a group's largest weight onto the largest level. Above 1 that weight meets
@@ -69,7 +69,7 @@ class Grid:
     @cached_property
     def compiled(self) -> CompiledGrid | None:
         """The same tables for search.c; None where that does not serve: on a GPU, and without a C compiler."""
-        return CompiledGrid(self) if self.levels.device.type == "cpu" and library() else None
+        return CompiledGrid(self) if self.levels.device.type == "cpu" and native() else None
 
     def scale_codes(self, scales: Tensor) -> Tensor:
         """The nearest nonzero scale's code for each of `scales` (any shape): int64."""

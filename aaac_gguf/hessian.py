@@ -16,6 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .calibrate import Products
+from .checkpoint import gguf_names
+from .gguf_io import GgufFile
+
+# What the sums of second moments may take at a time; a model whose matrices need more is run several times.
+MOMENTS_BYTES = {"cpu": 4 << 30, "cuda": 32 << 30}
 
 # A vocabulary of 128,256 would take 61 GiB.
 MAX_OUTPUTS = 1 << 15
@@ -189,3 +194,33 @@ def _places(rows: Tensor, wanted: Tensor) -> Tensor | None:
             return None
         order.append(found.pop(0) if len(found) > 1 else found[0])
     return torch.tensor(order)
+
+
+class MomentsByTensor:
+    """Second moments by GGUF tensor. Measured in passes as tensors are asked for, in file order: memory holds the sums of one pass."""
+
+    def __init__(self, model: Any, tokens: torch.Tensor, file: GgufFile, quantized: Sequence[str], seed: int):
+        vocab_size = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)
+        self.model, self.seed = model, seed
+        self.sequences, self.sequence_weights = with_random(tokens, vocab_size, seed)
+        self.weights = dict(model.named_parameters())
+        n_layers = model.config.get_text_config().num_hidden_layers
+        self.parameter: dict[str, str] = {}  # by GGUF name
+        for name in self.weights:
+            for gguf_name in gguf_names(name, file.architecture, n_layers, quantized):
+                self.parameter[gguf_name] = name
+        wanted = dict.fromkeys(self.parameter[name] for name in quantized if name in self.parameter)
+        self.runs = passes(model, list(wanted), MOMENTS_BYTES[model.device.type])
+        self.held: dict[str, Moments] = {}
+        self.held_run: list[str] = []
+
+    def of(self, gguf_name: str, weight: torch.Tensor) -> Moments | None:
+        """The moments of a tensor with the outputs in the order of its rows, `weight`; None where calibration saw no product with it."""
+        name = self.parameter.get(gguf_name)
+        if name is None:
+            return None
+        if name not in self.held_run:
+            self.held.clear()
+            self.held_run = next(run for run in self.runs if name in run)
+            self.held = collect(self.model, self.sequences, self.held_run, self.seed, self.sequence_weights)
+        return in_rows_of(self.held[name], self.weights[name], weight) if name in self.held else None

@@ -13,7 +13,7 @@ from aaac_gguf.feedback import factor, feedback, output_error
 from aaac_gguf.format import TYPES
 from aaac_gguf.stock import STOCK_TYPES
 
-pytestmark = pytest.mark.skipif(not compiled.library(), reason="no C compiler builds search.c here")
+pytestmark = pytest.mark.skipif(not compiled.native(), reason="no C compiler builds search.c here")
 ALL_TYPES = pytest.mark.parametrize("qtype", [*TYPES.values(), STOCK_TYPES[T.IQ4_NL], STOCK_TYPES[T.Q8_0]], ids=[*TYPES, "IQ4_NL", "Q8_0"])
 K = 384  # three blocks of columns
 
@@ -104,14 +104,14 @@ def test_threads_change_nothing():
 def test_without_a_compiler_torch_does_it(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    compiled.library.cache_clear()
+    compiled.native.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no C compiler"):
-            assert compiled.library() is None
+            assert compiled.native() is None
         w, a = samples(5)
         qtype = TYPES["AAAC4_G32"]
         grid = Grid.of_codec(fit(w.view(-1, 32), torch.ones_like(w).view(-1, 32), qtype, 3.0), qtype, "cpu")
         assert grid.compiled is None
         encode(w, a, grid, 32)
     finally:
-        compiled.library.cache_clear()
+        compiled.native.cache_clear()
