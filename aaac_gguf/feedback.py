@@ -218,12 +218,11 @@ def feedback(weight: Tensor, inputs: Factor, grid: Grid, qtype: Grouped, outputs
 
 def feedback_on_steps(weight: Tensor, inputs: Factor, steps: Steps, outputs: Tensor | None = None) -> Tensor:
     """Quants uint8 [N, K] for `weight` float32 [N, K] where the scales are chosen already; the moments as in `feedback`."""
-    u = inputs.u
+    u, of_runs = inputs.u, (steps.step, steps.offset, steps.inverse)
 
     def encode(part: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         w, quants = part.T.clone(), torch.empty(weight.shape[1], len(part), dtype=torch.uint8, device=weight.device)
-        step, offset = steps.step[index].T, steps.offset[index].T
-        inverse = torch.where(step == 0, 0.0, 1 / step)
+        step, offset, inverse = (t[index].T for t in of_runs)
         for block in _blocks(len(w)):
             errors = torch.empty_like(w[block])
             for j in range(block.start, block.stop):
@@ -275,13 +274,16 @@ class _Rows:
         self.weight = weight.T.contiguous()
         self.h, self.u, self.metrics = inputs.hessian, inputs.u, metrics
         self.grid, self.size = grid, qtype.group_size
-        self.rounding = _Rounding(grid, qtype.group_size)
         self.starts = scale_starts(qtype.group_size, weight.device)
         n_per_row, n_rows = self.weight.shape
         self.q = torch.empty_like(self.weight)
         self.level = torch.empty_like(self.weight)
         self.second = torch.empty(n_per_row // SELECTOR_SIZE, n_rows, dtype=torch.bool, device=weight.device)
         self.code = torch.empty(n_per_row // self.size, n_rows, dtype=torch.int64, device=weight.device)
+
+    @cached_property
+    def rounding(self) -> _Rounding:
+        return _Rounding(self.grid, self.size)
 
     def encode(self, sweeps: int) -> Encoded:
         self._feed_back()

@@ -33,12 +33,15 @@ class Steps:
     n_levels: int
     stored: Tensor
 
+    @property
+    def inverse(self) -> Tensor:
+        """1 / step, 0 where the step is."""
+        return torch.where(self.step == 0, 0.0, 1 / self.step)
+
     def quants(self, weight: Tensor) -> Tensor:
         """The nearest quants for weights [N, K], uint8 [N, K]."""
         runs = weight.reshape(*self.step.shape, self.run)
-        inverse = torch.where(self.step > 0, 1 / self.step, 0.0)
-        inverse = torch.where(self.step < 0, 1 / self.step, inverse)
-        return ((runs + self.offset[..., None]) * inverse[..., None]).round().clamp(0, self.n_levels - 1).to(torch.uint8).view(weight.shape)
+        return ((runs + self.offset[..., None]) * self.inverse[..., None]).round().clamp(0, self.n_levels - 1).to(torch.uint8).view(weight.shape)
 
     def weights(self, quants: Tensor) -> Tensor:
         """What quants [N, K] stand for, float32 [N, K]."""
