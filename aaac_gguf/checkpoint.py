@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import gguf
 
+from .blocks import block_list
 from .errors import AaacError
 
 
@@ -63,19 +65,50 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_model(source: Path, device: str = "cpu") -> Any:
-    """The causal language model in evaluation mode: float32 on a CPU, the checkpoint's own dtype on a GPU."""
+# Of the device's memory, for the weights of a model that need not be in memory.
+WEIGHTS_SHARE = 0.5
+
+
+def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Path | None = None) -> Any:
+    """The causal language model in evaluation mode: float32 on a CPU, the checkpoint's own dtype on a GPU.
+
+    Unless `exact`, a CPU that multiplies bfloat16 numbers runs a bfloat16 checkpoint as it is, in half the time. With a `folder` the blocks of a
+    model that would take more than WEIGHTS_SHARE of the device's memory stay on disk, most in the checkpoint itself, and are loaded as they run.
+    """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    dtype = torch.float32 if device == "cpu" else "auto"
+    stored = _read_json(source / "config.json")
+    bfloat16 = stored.get("dtype", stored.get("torch_dtype")) == "bfloat16" and any(
+        torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")
+    )
+    dtype = torch.float32 if device == "cpu" and (exact or not bfloat16) else "auto"
     try:
+        where = {"device_map": _device_map(source, device, dtype), "offload_folder": folder} if folder else {}
         # Experts one product at a time, so that each product's input can be seen.
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, experts_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, experts_implementation="eager", **where)
     except Exception as e:  # transformers raises whatever the model's own code raises
         raise AaacError(f"{source}: transformers cannot load it ({one_line(e)}); calibrate with --imatrix, or --calib none") from None
-    return model.to(device).eval()
+    return (model if hasattr(model, "hf_device_map") else model.to(device)).eval()
+
+
+def _device_map(source: Path, device: str, dtype: Any) -> dict[str, str] | None:
+    """Where accelerate shall keep what; None for all on the device."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    itemsize = 4 if dtype == torch.float32 else 2
+    memory = torch.cuda.mem_get_info()[1] if device != "cpu" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if itemsize * sum(p.numel() for p in model.parameters()) <= WEIGHTS_SHARE * memory:
+        return None
+    blocks = block_list(model)
+    around = [name for name, module in model.named_modules() if blocks in module.modules()]  # from the model itself to the blocks
+    inside = [f"{name}.{child}".lstrip(".") for name in around[:-1] for child, _ in model.get_submodule(name).named_children()]
+    return {**{name: device for name in inside if name not in around}, **dict.fromkeys(around[-1:], "disk")}
 
 
 def load_tokenizer(source: Path) -> Any:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType, LlamaFileType
@@ -24,18 +23,21 @@ from tqdm import tqdm
 
 from . import __version__, calibrate, checkpoint
 from . import format as fmt
+from .blocks import Blocks
 from .errors import AaacError
 from .feedback import DAMPING
 from .gguf_io import PARTIAL, GgufFile, Metadata, TensorInfo, Value, dequantize, field_values, read_model, write
-from .hessian import MomentsByTensor
+from .hessian import RANDOM_SHARE, with_random
 from .imatrix import Coverage, Imatrix, read_imatrix, sha256
-from .kquants import KQUANTS, quantize_rounded
+from .kquants import KQUANTS
 from .mixed import choose, measured
 from .plan import EMBEDDINGS, Override, TensorPlan, make_plan
-from .quantize import Method, quantize, quantizer_type
+from .quantize import Method
+from .sequential import BlockMoments
 from .source import check_weights, full_precision, load_weight
 from .stock import STOCK_TYPES
-from .writer import Journal, Record, Shard, check_space, codecs_of, shards, write_shards
+from .tensors import Encoder, Rounding, encode_stock
+from .writer import Journal, Shard, check_space, codecs_of, read_back, shards, write_shards
 
 # general.file_type, what llama.cpp prints as the model's type. For AAAC types it is the type id, in the patch's llama_ftype too.
 FILE_TYPES = {
@@ -128,29 +130,26 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
             plans, quantized, inputs = outline(source, header, settings)
             metadata = output_metadata(header, settings, inputs, quantized)
             layout = shards(out, metadata, [p.info for p in plans], settings.split_max_size)
-            check_space(out, settings.size or layout_bytes(layout), header.n_bytes if source.is_dir() else 0, journal)
+            check_space(out, settings.size or layout_bytes(layout), scratch_bytes(source, header, settings, inputs), journal)
             fingerprint = fingerprint_of(settings, inputs, plans)
             journal.check(fingerprint)
         with full_precision(source, scratch) as file:
             fingerprint["source"] = check_weights(file)
             journal.check(fingerprint)
-            imatrix, moments = measure(source, file, inputs, settings, quantized)
+            imatrix, moments = measure(source, file, inputs, settings, quantized, scratch)
             if settings.mixes:
                 plans = mixed_plans(file, plans, metadata, settings, moments)
                 layout = shards(out, metadata, [p.info for p in plans], settings.split_max_size)
                 fingerprint["types"] = plan_digest(plans)
             journal.start(fingerprint, layout)
-            by_name = {p.name: p for p in plans}
-
-            def encode(info: TensorInfo) -> tuple[Any, Record | None]:
-                file.release()
-                return encode_tensor(file, by_name[info.name], settings, imatrix if info.name in quantized else None, moments)
-
-            write_shards(layout, journal, encode)
+            rounding = Rounding(settings.method, settings.device, settings.calibration.seed)
+            encoder = Encoder(file, plans, rounding, imatrix, quantized, moments, lambda name: read_back(layout, journal, name))
+            write_shards(layout, journal, encoder)
     coverage = None
     if inputs.description["source"] != "none":
         # At 8 bits it makes no difference worth a word.
         coverage = imatrix.coverage({p.name: p.n_weights for p in plans if p.name in quantized and p.type != T.Q8_0})
+    by_name = {p.name: p for p in plans}
     records = {name: record for name, record in journal.records.items() if record}
     return Report(
         files=[shard.path for shard in layout],
@@ -161,28 +160,6 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
         damped=[name for name, record in records.items() if record.damping > DAMPING],
         left_out=checkpoint.left_out(source),
     )
-
-
-def encode_tensor(
-    file: GgufFile, plan: TensorPlan, settings: Settings, imatrix: Imatrix | None, moments: MomentsByTensor | None
-) -> tuple[Any, Record | None]:
-    """The data of one tensor of the output, and what the search says of it; without an `imatrix` there is no search."""
-    if plan.type == plan.source_type:
-        return file.tensors[plan.name].data, None
-    weight = load_weight(file, plan.name, settings.device)
-    file.release()  # most often `weight` is a copy
-    if imatrix is None:
-        return encode_stock(weight, plan.type), None
-    entry = imatrix.entries.get(plan.name)
-    importance = torch.from_numpy(entry.importance()).to(settings.device) if entry else None
-    seen = moments.of(plan.name, weight) if moments else None
-    if plan.type in (T.Q8_0, T.Q4_0, *KQUANTS) and not seen:
-        # Importance changes next to nothing from 5 bits up, and Q4_0's own rounding may turn a block's sign round, which the search does not.
-        return encode_stock(weight, plan.type), None
-    hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
-    method = settings.method if plan.type in fmt.TYPES_BY_ID else "aaac"
-    result = quantize(weight, quantizer_type(plan.type), importance, hessian, outputs, method=method, seed=settings.calibration.seed)
-    return result.data, Record(result.codec, result.relative_error, result.weighted_error, result.damping)
 
 
 @contextmanager
@@ -212,7 +189,7 @@ def plan_digest(plans: Sequence[TensorPlan]) -> str:
 
 
 def mixed_plans(
-    file: GgufFile, plans: Sequence[TensorPlan], metadata: Metadata, settings: Settings, moments: MomentsByTensor | None
+    file: GgufFile, plans: Sequence[TensorPlan], metadata: Metadata, settings: Settings, moments: BlockMoments | None
 ) -> list[TensorPlan]:
     """The plans with a type for every matrix that no flag gave one, the best for `settings.bpw` or `settings.size`."""
     assert moments
@@ -254,13 +231,13 @@ def outline(source: Path, header: GgufFile, settings: Settings) -> tuple[list[Te
     """The plan, the tensors that are rounded by search, and the calibration input, of which there is none where nothing is searched."""
     plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
     quantized = searched(plans)
-    inputs = prepare(source, header, settings.calibration, settings.device) if quantized else Inputs({"source": "none"})
+    inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
     if settings.mixes and not settings.feeds_back(inputs):
         raise AaacError("--bpw and --size: choose types by second moments; give a Hugging Face folder, with --calib TEXT or self and feedback")
     return plans, quantized, inputs
 
 
-def prepare(source: Path, header: GgufFile, calibration: Calibration, device: str) -> Inputs:
+def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
     """Check and read the calibration input. Raises AaacError for text that is too short, an imatrix of another model, and so on."""
     if calibration.imatrix:
         imatrix = read_imatrix(calibration.imatrix)
@@ -273,12 +250,6 @@ def prepare(source: Path, header: GgufFile, calibration: Calibration, device: st
         raise AaacError(
             f"--calib {calibration.source}: needs a Hugging Face folder to run, and {source} is a GGUF file; use --imatrix, or --calib none"
         )
-    n_bytes, memory = 4 * sum(t.n_elements for t in header.tensors.values()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device == "cpu" and n_bytes > memory:
-        raise AaacError(
-            f"--calib {calibration.source}: to run the model takes {n_bytes / 2**30:.1f} GiB of memory and this machine has {memory / 2**30:.1f}; "
-            "use --imatrix or --calib none, which run nothing"
-        )
     n, length = calibration.n_sequences, calibration.sequence_length
     if calibration.source == "self":
         return Inputs({"source": "self", "seed": calibration.seed, "tokens": n * length, "sequence_length": length})
@@ -287,19 +258,42 @@ def prepare(source: Path, header: GgufFile, calibration: Calibration, device: st
     return Inputs({"source": "text", "file": text.name, "sha256": digest, "tokens": tokens.numel(), "sequence_length": length}, tokens=tokens)
 
 
-def measure(source: Path, file: GgufFile, inputs: Inputs, settings: Settings, quantized: Sequence[str]) -> tuple[Imatrix, MomentsByTensor | None]:
-    """The importance of the model's matrices, run through transformers unless an imatrix gives it, and where feedback is wanted their moments."""
+def scratch_bytes(source: Path, header: GgufFile, settings: Settings, inputs: Inputs) -> int:
+    """What a conversion needs on disk beside its output: a folder's weights as GGUF, and for feedback activations and gradients of every block."""
+    if not source.is_dir():
+        return 0
+    if not settings.feeds_back(inputs):
+        return header.n_bytes
+    n_blocks, width = (int(header.get(f"{header.architecture}.{key}", 0)) for key in ("block_count", "embedding_length"))
+    n_tokens = int(inputs.description["tokens"] * (1 + RANDOM_SHARE))
+    return header.n_bytes + 2 * 4 * (n_blocks + 1) * n_tokens * width
+
+
+def measure(
+    source: Path, file: GgufFile, inputs: Inputs, settings: Settings, quantized: Sequence[str], folder: Path
+) -> tuple[Imatrix, BlockMoments | None]:
+    """The importance of the model's matrices, run through transformers unless an imatrix gives it, and where feedback is wanted their moments.
+
+    folder: for activations and gradients, which take `scratch_bytes`.
+    """
     if inputs.imatrix:
         return inputs.imatrix, None
     if inputs.description["source"] == "none":
         return Imatrix({}), None
     calibration = settings.calibration
-    model = checkpoint.load_model(source, settings.device)
+    model = checkpoint.load_model(source, settings.device, exact=False, folder=folder)
     tokens = inputs.tokens
     if tokens is None:
         tokens = calibrate.self_tokens(model, calibration.n_sequences, calibration.sequence_length, calibration.seed)
-    imatrix = calibrate.importance(model, tokens, file.architecture, file.tensors, calibration.source)
-    return imatrix, MomentsByTensor(model, tokens, file, quantized, calibration.seed) if settings.feeds_back(inputs) else None
+    if not settings.feeds_back(inputs):
+        return calibrate.importance(model, tokens, file.architecture, file.tensors, calibration.source), None
+    vocab_size = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)
+    sequences, weights = with_random(tokens, vocab_size, calibration.seed)
+    activations = calibrate.Activations(Blocks(model, tokens[:1]), sequences, len(tokens), folder)
+    squares = calibrate.Squares()
+    activations.run(squares)
+    imatrix = squares.imatrix(model, tokens, file.architecture, file.tensors, calibration.source)
+    return imatrix, BlockMoments(activations, weights, file, quantized, folder, calibration.seed)
 
 
 def check_output(out: Path) -> None:
@@ -310,13 +304,6 @@ def check_output(out: Path) -> None:
         raise AaacError(f"{out}: there is no directory {out.parent}; make it first")
     if not os.access(out.parent, os.W_OK):
         raise AaacError(f"{out}: {out.parent} cannot be written; choose another output")
-
-
-def encode_stock(weight: torch.Tensor, ggml_type: T) -> np.ndarray:
-    """The data of a type that every llama.cpp reads."""
-    if ggml_type in KQUANTS:
-        return quantize_rounded(KQUANTS[ggml_type], weight)
-    return gguf.quantize(weight.cpu().numpy(), ggml_type)
 
 
 def output_metadata(file: GgufFile, settings: Settings, inputs: Inputs, quantized: Sequence[str]) -> dict[str, Value]:
@@ -341,7 +328,7 @@ def dry_run(source: Path, out: Path, settings: Settings) -> tuple[list[TensorPla
             metadata = output_metadata(header, settings, inputs, quantized)
         if settings.mixes:
             with full_precision(source, scratch) as file:
-                _, moments = measure(source, file, inputs, settings, quantized)
+                _, moments = measure(source, file, inputs, settings, quantized, scratch)
                 plans = mixed_plans(file, plans, metadata, settings, moments)
         layout = shards(out, metadata, [p.info for p in plans], settings.split_max_size)
         return plans, layout_bytes(layout), len(layout)

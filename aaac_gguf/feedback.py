@@ -50,11 +50,13 @@ class Factor:
     hessian  H
     u        U upper triangular with H^-1 = U^T U
     damping  what was added to the diagonal, relative to its mean
+    mean     the mean of the diagonal before, by which H was divided
     """
 
     hessian: Tensor
     u: Tensor
     damping: float
+    mean: float
 
 
 def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
@@ -75,7 +77,7 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
         damped = h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)
         u, failed = _inverse_root(damped)
         if not failed:
-            return Factor(damped.float(), u.float().contiguous(), damping)
+            return Factor(damped.float(), u.float().contiguous(), damping, float(mean))
         damping *= 10
 
 

@@ -34,7 +34,7 @@ class Choice:
 
 
 def measured(
-    plans: Sequence[TensorPlan], weight_of: Callable[[str], Tensor], moments_of: Callable[[str, Tensor], Moments | None], seed: int
+    plans: Sequence[TensorPlan], weight_of: Callable[[str], Tensor], moments_of: Callable[[str], Moments | None], seed: int
 ) -> dict[str, list[Choice]]:
     """What every type that fits costs each matrix, by quantizing its weights float32 [N, K] or [E, N, K]; smallest first.
 
@@ -44,7 +44,7 @@ def measured(
     stakes: dict[str, float] = {}  # the divergence at a relative error of 1, all of the matrix gone
     for plan in tqdm(plans, desc="measuring types", unit="tensor", disable=None, leave=False):
         weight = weight_of(plan.name)
-        seen = moments_of(plan.name, weight)
+        seen = moments_of(plan.name)
         hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
         fitting = [t for t in CANDIDATES if plan.shape[-1] % GGML_QUANT_SIZES[t][0] == 0]
         errors[plan.name] = {t: quantize(weight, quantizer_type(t), None, hessian, outputs, seed=seed).weighted_error for t in fitting}

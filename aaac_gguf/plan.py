@@ -81,7 +81,9 @@ def parse_override(text: str) -> Override:
 
 
 def make_plan(source: GgufFile, default: T, overrides: Sequence[Override] = (), embedding: T = T.Q6_K) -> list[TensorPlan]:
-    """Decide every tensor's type. Matrices get `default`, token_embd and output get `embedding` unless `default` is not a 4-bit type.
+    """Decide every tensor's type, and their order in the file.
+
+    Matrices get `default`, token_embd and output get `embedding` unless `default` is not a 4-bit type.
 
     Raises AaacError for an override that matches no tensor, and for a source that is quantized already.
     """
@@ -105,7 +107,13 @@ def make_plan(source: GgufFile, default: T, overrides: Sequence[Override] = (), 
     for override in overrides:
         if override not in used:
             raise AaacError(f"--tensor-type {override.pattern.pattern}={override.type.name}: matches no tensor; see the names with --dry-run")
-    return plans
+    return sorted(plans, key=lambda p: _place(p.name))
+
+
+def _place(name: str) -> int:
+    """In the file: blocks by number, as the model runs them (checkpoints may have them as 0, 1, 10, 11, 2), and the rest behind."""
+    block = re.match(r"blk\.(\d+)\.", name)
+    return int(block[1]) if block else 1 << 30
 
 
 def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embedding: T) -> tuple[T, str]:

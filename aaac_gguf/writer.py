@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import format as fmt
@@ -240,6 +241,21 @@ def check_space(out: Path, n_bytes: int, scratch_bytes: int, journal: Journal) -
         raise AaacError(
             f"{out}: needs {n_bytes:,} bytes{temporary}, and {free + held:,} are free in {out.parent}; free space or choose another output"
         )
+
+
+def read_back(shards: Sequence[Shard], journal: Journal, name: str) -> tuple[NDArray[np.uint8], Record | None] | None:
+    """The data of a tensor that is written, uint8 [..., row bytes], and its record; None where the journal lacks it."""
+    if name not in journal.records:
+        return None
+    codecs = codecs_of([t for shard in shards for t in shard.tensors], {})
+    for shard in shards:
+        offset = len(shard.header(codecs))
+        for tensor in shard.tensors:
+            if tensor.name == name:
+                data = np.fromfile(shard.partial, dtype=np.uint8, count=tensor.n_bytes, offset=offset)
+                return data.reshape(*tensor.shape[:-1], -1), journal.records[name]
+            offset += _padded(tensor, shard.metadata)
+    raise KeyError(name)
 
 
 def write_shards(shards: Sequence[Shard], journal: Journal, encode: Encode) -> None:

@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
 from aaac_gguf import calibrate, checkpoint, codebook, convert, gguf_io, hessian
 from aaac_gguf import format as fmt
+from aaac_gguf.blocks import Blocks
 from aaac_gguf.encode import Grid, decode
 from aaac_gguf.feedback import factor, feedback
 from aaac_gguf.quantize import quantize, quantizer_type
+from aaac_gguf.sequential import BlockMoments
 
 CONTEXT = 512
 IQ4_NL = torch.tensor(codebook._IQ4_NL, dtype=torch.float32)
@@ -39,19 +40,51 @@ FP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3, 4, 
 
 @dataclass
 class Layer:
-    """One matrix: the model's parameter, the GGUF's weight [N, K], which of the parameter's rows each of its rows is, and its moments."""
+    """One matrix: its weight [N, K] and its moments."""
 
-    parameter: Tensor
     weight: Tensor
-    rows: Tensor
     moments: hessian.Moments
 
     @property
     def importance(self) -> Tensor:
         return self.moments.inputs.diagonal()
 
+    @property
+    def target(self) -> Tensor:
+        return self.moments.target(self.weight)
+
 
 Method = Callable[[Layer, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A format: what it makes of a layer, for the full model's inputs or, `in_sequence`, for those that the layers before leave."""
+
+    name: str
+    bits_per_weight: float
+    reconstruct: Method
+    in_sequence: bool = False
+
+
+class Calibration(BlockMoments):
+    """Moments for one row after the other: what the full model does is kept."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.kept: dict[int, Any] = {}
+        self.originals = {name: p.detach().clone() for name, p in self.blocks.model.named_parameters()}
+
+    def _open(self, number: int) -> Any:
+        if number not in self.kept:
+            self.kept[number] = super()._open(number)
+        return self.kept[number]
+
+    def restart(self) -> None:
+        for name, p in self.blocks.model.named_parameters():
+            p.data.copy_(self.originals[name])
+        self.hidden.copy_(self.full[0])
+        self.position, self.quantizing = 0, False
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -180,7 +213,7 @@ def with_feedback(table: Callable[[Layer], Tensor]) -> Method:
     def reconstruct(layer: Layer, seed: int) -> Tensor:
         levels = table(layer)
         grid = fixed_grid(layer.weight, torch.stack([levels, levels]))
-        return decode(feedback(layer.weight, factor(layer.moments.inputs), grid, fmt.G16, layer.moments.outputs), grid)
+        return decode(feedback(layer.target, factor(layer.moments.inputs), grid, fmt.G16, layer.moments.outputs), grid)
 
     return reconstruct
 
@@ -195,31 +228,29 @@ def ours(ggml_type: T, mode: str) -> Method:
             "columns": {"hessian": layer.moments.inputs},
             "columns and rows": {"hessian": layer.moments.inputs, "outputs": layer.moments.outputs},
         }[mode]
-        q = quantize(layer.weight, quantizer_type(ggml_type), seed=seed, **given)
+        q = quantize(layer.target if "hessian" in given else layer.weight, quantizer_type(ggml_type), seed=seed, **given)
         return torch.from_numpy(gguf_io.dequantize(q.data, ggml_type, q.codec))
 
     return reconstruct
 
 
-def methods() -> Iterator[tuple[str, float, Method]]:
-    """Name, bits per weight and reconstruction of every row."""
-    yield "RTN INT4 g32", 4.5, rtn
-    yield "NVFP4", 4.5, fp4_or_int4([FP4])
-    yield "IF4", 4.5, fp4_or_int4([FP4, INT4])
-    yield "AWQ INT4 g128", 4.125, awq
-    yield "GPTQ INT4 g128", 4.125, gptq
-    yield "LO-BCQ", 4 + 4 / 8 + 8 / 64, lobcq
-    yield "paper, G16", 4.5, ours(T["AAAC4_G16"], "paper")
-    yield "INT4 g16, feedback", 4.4375, with_feedback(lambda _: INT4)
-    yield "FP4 g16, feedback", 4.4375, with_feedback(lambda _: FP4)
-    yield "IQ4_NL table g16, feedback", 4.4375, with_feedback(lambda _: IQ4_NL)
-    yield "one codebook g16, feedback", 4.4375, with_feedback(one_fitted)
+def rows() -> Iterator[Row]:
+    yield Row("RTN INT4 g32", 4.5, rtn)
+    yield Row("NVFP4", 4.5, fp4_or_int4([FP4]))
+    yield Row("IF4", 4.5, fp4_or_int4([FP4, INT4]))
+    yield Row("AWQ INT4 g128", 4.125, awq)
+    yield Row("GPTQ INT4 g128", 4.125, gptq, in_sequence=True)
+    yield Row("LO-BCQ", 4 + 4 / 8 + 8 / 64, lobcq)
+    yield Row("paper, G16", 4.5, ours(T["AAAC4_G16"], "paper"))
+    for name, table in {"INT4": lambda _: INT4, "FP4": lambda _: FP4, "IQ4_NL table": lambda _: IQ4_NL, "one codebook": one_fitted}.items():
+        yield Row(f"{name} g16, feedback", 4.4375, with_feedback(table), in_sequence=True)
     for name, qtype in fmt.TYPES.items():
-        yield f"{name}, importance", qtype.bits_per_weight, ours(T[name], "importance")
-        yield f"{name}, columns", qtype.bits_per_weight, ours(T[name], "columns")
-        yield name, qtype.bits_per_weight, ours(T[name], "columns and rows")
+        yield Row(f"{name}, importance", qtype.bits_per_weight, ours(T[name], "importance"))
+        yield Row(f"{name}, columns", qtype.bits_per_weight, ours(T[name], "columns"))
+        yield Row(f"{name}, columns and rows", qtype.bits_per_weight, ours(T[name], "columns and rows"))
+        yield Row(name, qtype.bits_per_weight, ours(T[name], "columns and rows"), in_sequence=True)
     for stock, bits in ((T.Q4_0, 4.5), (T.IQ4_NL, 4.5), (T.Q5_K, 5.5), (T.Q6_K, 6.5625)):
-        yield f"{stock.name}, feedback", bits, ours(stock, "columns and rows")
+        yield Row(f"{stock.name}, feedback", bits, ours(stock, "columns and rows"), in_sequence=True)
 
 
 @torch.inference_mode()
@@ -244,18 +275,25 @@ def divergence(model: Any, chunks: Tensor, reference: list[Tensor]) -> dict[str,
     }
 
 
-def layers_of(model: Any, file: gguf_io.GgufFile, moments: dict[str, hessian.Moments]) -> dict[str, Layer]:
-    layers = {}
-    n_layers = model.config.get_text_config().num_hidden_layers
-    parameters = dict(model.named_parameters())
-    for name, seen in moments.items():
-        for gguf_name in checkpoint.gguf_names(name, file.architecture, n_layers, file.tensors):
-            weight = convert.load_weight(file, gguf_name, "cpu")
-            rows = hessian._places(parameters[name].detach().float(), weight)
-            if rows is None:
-                raise SystemExit(f"{gguf_name}: its rows are not those of {name}; this benchmark needs them to be")
-            layers[gguf_name] = Layer(parameters[name], weight, rows, hessian.in_rows_of(seen, parameters[name], weight))
-    return layers
+def quantize_model(row: Row, calibration: Calibration, layers: dict[str, Layer], seed: int) -> None:
+    """Give the model's matrices what the row makes of them."""
+    calibration.restart()
+    if not row.in_sequence:
+        for name, layer in layers.items():
+            calibration.put(name, row.reconstruct(layer, seed))
+        return
+    for _ in range(len(calibration.blocks) - 1):
+        for stage in calibration.stages():
+            for name, seen in stage.items():
+                calibration.put(name, row.reconstruct(Layer(layers[name].weight, seen), seed))
+
+
+def stock_row(name: str, path: str, layers: dict[str, Layer]) -> Row:
+    """The matrices of a finished file."""
+    source = gguf_io.read(Path(path))
+    decoded = {id(layer.weight): torch.from_numpy(source.load(name)) for name, layer in layers.items()}
+    bits = 8 * sum(source.tensors[name].n_bytes for name in layers) / sum(layer.weight.numel() for layer in layers.values())
+    return Row(name, bits, lambda layer, _: decoded[id(layer.weight)])
 
 
 def plot(results: dict[str, Any], out: Path) -> None:
@@ -318,40 +356,31 @@ def main() -> None:
     # Half precision: 48 chunks of a large vocabulary are what takes memory here.
     references = {name: [p.half() for p in log_probabilities(model, chunks)] for name, chunks in tests.items()}
     start = time.monotonic()
-    decoder = [name for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
-    sequences, weights = hessian.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
-    moments = hessian.collect(model, sequences, decoder, args.seed, weights)
-    calibration_seconds = time.monotonic() - start
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch, convert.full_precision(args.model, Path(scratch)) as file:
-        layers = layers_of(model, file, moments)
-        stock = {name: gguf_io.read(Path(path)) for name, path in (item.split("=", 1) for item in args.stock)}
-        todo: list[tuple[str, float, Callable[[str, Layer], Tensor]]] = []
-        for name, source in stock.items():
-            bits = 8 * sum(source.tensors[n].n_bytes for n in layers) / sum(layer.weight.numel() for layer in layers.values())
-            todo.append(
-                (
-                    name,
-                    bits,
-                    lambda n, _, source=source: torch.from_numpy(
-                        np.array(gguf_io.dequantize(source.tensors[n].data, source.tensors[n].tensor_type, None))
-                    ),
-                )
-            )
-        todo += [(name, bits, lambda _, layer, method=method: method(layer, args.seed)) for name, bits, method in methods()]
-        for name, bits, reconstruct in todo:
-            if args.rows and not any(part in name for part in args.rows.split(",")):
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, convert.full_precision(args.model, Path(folder)) as file:
+        sequences, weights = hessian.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
+        activations = calibrate.Activations(Blocks(model, tokens[:1]), sequences, len(tokens), Path(folder))
+        activations.run(calibrate.Squares())
+        names = [name for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
+        calibration = Calibration(activations, weights, file, names, Path(folder), args.seed)
+        layers = {}
+        for name in sorted(calibration.place, key=calibration.place.__getitem__):
+            weight = convert.load_weight(file, name, "cpu")
+            layers[name] = Layer(weight, calibration.of(name))
+        calibration_seconds = time.monotonic() - start
+        stock = [stock_row(*item.split("=", 1), layers) for item in args.stock]
+        for row in (*stock, *rows()):
+            if args.rows and not any(part in row.name for part in args.rows.split(",")):
                 continue
             start = time.monotonic()
             with torch.no_grad():
-                for gguf_name, layer in layers.items():
-                    layer.parameter[layer.rows] = reconstruct(gguf_name, layer)
+                quantize_model(row, calibration, layers, args.seed)
             seconds = time.monotonic() - start
             divergences = {text: divergence(model, chunks, references[text]) for text, chunks in tests.items()}
-            rows.append({"name": name, "bits_per_weight": bits, "seconds": seconds, "divergence": divergences})
-            write(args, digests, calibration_seconds, rows)
+            results.append({"name": row.name, "bits_per_weight": row.bits_per_weight, "seconds": seconds, "divergence": divergences})
+            write(args, digests, calibration_seconds, results)
             figures = "  ".join(f"{text} {d['mean']:.5f} ± {d['standard_error']:.5f}, top {d['same_top']:.2%}" for text, d in divergences.items())
-            print(f"{name:30} {bits:6.3f}  {figures}  ({seconds:.0f} s)", flush=True)
+            print(f"{row.name:30} {row.bits_per_weight:6.3f}  {figures}  ({seconds:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import write_source
 
-from aaac_gguf import cli, demo, gguf_io
+from aaac_gguf import checkpoint, cli, demo, gguf_io
 from aaac_gguf import format as fmt
 from aaac_gguf.imatrix import Entry, Imatrix, write_imatrix
 
@@ -235,3 +235,12 @@ def test_the_bundled_model(demo_full, tmp_path, capsys):
     for name in file.codecs:
         expected = demo_full.load(name)
         assert np.square(file.load(name) - expected).sum() / np.square(expected).sum() < 0.02  # feedback trades this error for the layer's
+
+
+def test_a_model_that_memory_does_not_hold(tmp_path, monkeypatch):
+    """Its blocks are read from the checkpoint as they run; the file is the same to the byte."""
+    calibration = ("--calib", demo.SAMPLE_TEXT, "--calib-sequences", 2, "--calib-length", 32)
+    assert convert(demo.MODEL, tmp_path / "a.gguf", *calibration) == 0
+    monkeypatch.setattr(checkpoint, "WEIGHTS_SHARE", 0)
+    assert convert(demo.MODEL, tmp_path / "b.gguf", *calibration) == 0
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -77,7 +77,7 @@ def test_a_matrix_that_matters_costs_more():
     plans = [TensorPlan(name, (32, 256), T.F32, T["AAAC4_G16"], "") for name in ("small", "large", "unknown")]
     stakes = {"small": 1.0, "large": 10.0}
     moments = {name: Moments(torch.eye(256), stake * torch.eye(32)) for name, stake in stakes.items()}
-    choices = measured(plans, lambda _: weight, lambda name, _: moments.get(name), seed=0)
+    choices = measured(plans, lambda _: weight, moments.get, seed=0)
     for name, options in choices.items():
         assert [o.type for o in options] == list(CANDIDATES), name
         assert [o.n_bytes for o in options] == sorted(o.n_bytes for o in options)

@@ -24,12 +24,12 @@ def layer():
     weight = torch.from_numpy((rng.standard_t(5, (N, K)) * 0.05).astype(np.float32))
     x = rng.standard_normal((2048, K)) @ (np.eye(K) + 0.15 * rng.standard_normal((K, K)))
     moments = Moments(torch.from_numpy(x.T @ x / 2048).float(), torch.eye(N))
-    return quality.Layer(weight, weight, torch.arange(N), moments)
+    return quality.Layer(weight, moments)
 
 
 @pytest.fixture(scope="module")
 def reconstructions(layer):
-    return {name: method(layer, 0) for name, _, method in quality.methods()}
+    return {row.name: row.reconstruct(layer, 0) for row in quality.rows()}
 
 
 def output_error(layer, reconstruction) -> float:
@@ -38,11 +38,11 @@ def output_error(layer, reconstruction) -> float:
 
 
 def test_every_row_is_a_reconstruction_at_its_bits(layer, reconstructions):
-    for name, bits, _ in quality.methods():
-        reconstruction = reconstructions[name]
-        assert reconstruction.shape == (N, K), name
+    for row in quality.rows():
+        reconstruction = reconstructions[row.name]
+        assert reconstruction.shape == (N, K), row.name
         error = (layer.weight - reconstruction).square().sum() / layer.weight.square().sum()
-        assert 0.001 < error * 4 ** (bits - 4.5) < 0.1, name  # feedback spends error where the inputs do not see it
+        assert 0.001 < error * 4 ** (row.bits_per_weight - 4.5) < 0.1, row.name  # feedback spends error where the inputs do not see it
 
 
 def test_what_must_not_be_worse(layer, reconstructions):
