@@ -34,6 +34,7 @@ SHAPES = {
 MATVEC_COLUMNS = (1, 2, 4, 8)
 MATMUL_SHAPE = (4096, 14336)
 MATMUL_COLUMNS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+COPIED = 1 << 29  # float32
 ROUNDS, BATCHES = 3, 30
 
 
@@ -96,7 +97,7 @@ def copies_for(cache: int, n_bytes: int) -> int:
 
 def copy_rate(cp: Any) -> float:
     """Bytes read and written per second by a large device-to-device copy."""
-    source, target = cp.ones(1 << 29, cp.float32), cp.empty(1 << 29, cp.float32)
+    source, target = cp.ones(COPIED, cp.float32), cp.empty(COPIED, cp.float32)
     seconds, _, _ = timed(cp, [lambda: target.data.copy_from_device_async(source.data, source.nbytes, cp.cuda.get_current_stream())], per_batch=5)
     return 2 * source.nbytes / seconds
 
