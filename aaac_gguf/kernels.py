@@ -136,10 +136,14 @@ def _check_blocks(qtype: fmt.AaacType, blocks: Any) -> Any:
     return view
 
 
-def _check_activations(x: Any, k: int, blocks: Any) -> tuple[Any, str]:
-    """The CuPy view of x [n, k] and its type's name, if the kernels can read it beside `blocks`."""
+def _check_width(x: Any, k: int) -> None:
     if x.ndim != 2 or x.shape[1] != k:
         raise AaacError(f"x has shape {list(x.shape)}, expected [columns, {k}] for these weights")
+
+
+def _check_activations(x: Any, k: int, blocks: Any) -> tuple[Any, str]:
+    """The CuPy view of x [n, k] and its type's name, if the kernels can read it beside `blocks`."""
+    _check_width(x, k)
     name = _dtype_name(x)
     if name not in C_TYPES:
         raise AaacError(f"x is {name}, expected one of {', '.join(C_TYPES)}")
@@ -153,6 +157,14 @@ def _check_activations(x: Any, k: int, blocks: Any) -> tuple[Any, str]:
     return view, name
 
 
+def _operands(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any) -> tuple[np.ndarray, Any, Any, str, int]:
+    """What a product is launched with, checked: the codec as the kernels take it, the CuPy views of blocks and x, the name of x's type, and K."""
+    _, k = _check_shape(qtype, blocks)
+    params = _check_codec(qtype, codec)
+    view = _check_blocks(qtype, blocks)
+    return params, view, *_check_activations(x, k, view), k
+
+
 def _ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
@@ -160,8 +172,7 @@ def _ceil_div(a: int, b: int) -> int:
 def _reference(qtype: fmt.AaacType, blocks: np.ndarray, codec: fmt.Codec, x: Any) -> np.ndarray:
     _, k = _check_shape(qtype, blocks)
     _check_codec(qtype, codec)
-    if x.ndim != 2 or x.shape[1] != k:
-        raise AaacError(f"x has shape {list(x.shape)}, expected [columns, {k}] for these weights")
+    _check_width(x, k)
     return (np.asarray(x, np.float64) @ fmt.decode(qtype, blocks, codec).astype(np.float64).T).astype(np.float32)
 
 
@@ -208,16 +219,13 @@ def matvec(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any, quantized
     """Products float32 [n, N] of weights [N, K] with 1 to 8 columns x [n, K]; `quantized` rounds x to 8 bits first, as llama.cpp does."""
     if isinstance(blocks, np.ndarray):
         return _reference(qtype, blocks, codec, x)
-    n_rows, k = _check_shape(qtype, blocks)
-    params = _check_codec(qtype, codec)
-    view = _check_blocks(qtype, blocks)
-    columns, name = _check_activations(x, k, view)
+    params, view, columns, name, k = _operands(qtype, blocks, codec, x)
     n = columns.shape[0]
     if not 1 <= n <= MAX_MATVEC_COLUMNS:
         raise AaacError(f"x has {n} columns, matvec takes 1 to {MAX_MATVEC_COLUMNS}; use matmul")
     with view.device:
-        out = _cupy().empty((n, n_rows), "float32")
-        if n_rows:
+        out = _cupy().empty((n, view.shape[0]), "float32")
+        if out.size:
             matvec_into(qtype, params, view, quantize(x) if quantized else columns, "" if quantized else name, k, out)
     return _like(blocks, out)
 
@@ -244,15 +252,12 @@ def matmul(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any) -> Any:
     """
     if isinstance(blocks, np.ndarray):
         return _reference(qtype, blocks, codec, x)
-    n_rows, k = _check_shape(qtype, blocks)
-    params = _check_codec(qtype, codec)
-    view = _check_blocks(qtype, blocks)
-    columns, name = _check_activations(x, k, view)
+    params, view, columns, name, k = _operands(qtype, blocks, codec, x)
     with view.device:
         capability = int(view.device.compute_capability)
         if capability < (80 if name == "bfloat16" else 75):
             raise AaacError(f"this GPU (compute capability {capability / 10}) has no tensor cores for {name}; matmul needs 7.5, for bfloat16 8.0")
-        out = _cupy().empty((columns.shape[0], n_rows), "float32")
+        out = _cupy().empty((columns.shape[0], view.shape[0]), "float32")
         if out.size:
             matmul_into(qtype, params, view, columns, name, k, out)
     return _like(blocks, out)

@@ -6,14 +6,13 @@ the instructions behind the emulated ones, timing, and races.
 
 import re
 import shutil
-import struct
 import subprocess
 
 import numpy as np
 import pytest
 import test_llama_ops as ops
 from aaac_samples import codec, random_blocks
-from test_llama_ops import (  # noqa: F401, collected here as well, with the run_op below
+from test_llama_ops import (  # noqa: F401, collected here as well
     ALL_TYPES,
     test_decode_every_index_selector_and_scale_code,
     test_decode_hand_written_blocks,
@@ -28,6 +27,7 @@ from aaac_gguf.format import decode
 from aaac_gguf.patch import shipped
 
 pytestmark = pytest.mark.llama
+run_op = ops.run_op  # with the program below
 
 
 def host_source() -> str:
@@ -58,23 +58,6 @@ def program(request, patched, llama_source, tmp_path_factory):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder / "test-aaac-cuda"
-
-
-@pytest.fixture(scope="module")
-def run_op(program):
-    """As in test_llama_ops.py."""
-
-    def run(op, qtype, blocks, codec, src1=None, ids=None, first_row=0, n_threads=1):
-        shapes = [(*(() if a is None else a.shape[::-1]), 1, 1, 1, 1)[:4] for a in (blocks, src1, ids)]
-        shapes[0] = (blocks.shape[-1] // qtype.type_size * qtype.block_size, *shapes[0][1:])
-        request = struct.pack("<4i12q", op, qtype.type_id, n_threads, first_row, *shapes[0], *shapes[1], *shapes[2])
-        request += struct.pack("<32sfB", codec.codebooks.tobytes(), codec.scale_base, codec.scale_mantissa_bits)
-        request += b"".join(np.ascontiguousarray(a).tobytes() for a in (blocks, src1, ids) if a is not None)
-        result = subprocess.run([program], input=request, capture_output=True)
-        assert result.returncode == 0, result.stderr.decode()
-        return result.stdout
-
-    return run
 
 
 @ALL_TYPES

@@ -29,12 +29,16 @@ GET_ROWS, CPY_F32, CPY_F16, CPY_BF16, MUL_MAT, MUL_MAT_ID = range(6)
 
 
 @pytest.fixture(scope="module")
-def run_op():
-    """run_op(op, qtype, blocks, codec, src1=None, ids=None) -> bytes. Arrays have ggml's dimensions, last one first."""
+def program():
     try:
-        program = llama.tool("test-aaac")
+        return llama.tool("test-aaac")
     except AaacError as e:
         pytest.skip(str(e))
+
+
+@pytest.fixture(scope="module")
+def run_op(program):
+    """run_op(op, qtype, blocks, codec, src1=None, ids=None) -> bytes. Arrays have ggml's dimensions, last one first."""
 
     def run(op, qtype, blocks, codec, src1=None, ids=None, first_row=0, n_threads=2):
         def shape(array):
