@@ -107,6 +107,12 @@ def _like(array: Any, result: Any, bf16: bool = False) -> Any:
     return torch.from_dlpack(result)
 
 
+def _row_stride(view: Any) -> int:
+    """Bytes from one row to the next; of a single row what it would be, for DLPack gives a dimension of 1 any stride."""
+    n_rows, n = view.shape
+    return int(view.strides[0]) if n_rows > 1 else int(n) * int(view.itemsize)
+
+
 def _check_codec(qtype: fmt.AaacType, codec: fmt.Codec) -> np.ndarray:
     codec.check(f"of type {qtype.name}")
     return np.array((codec.codebooks.reshape(-1), codec.scale_base, codec.scale_mantissa_bits), dtype=PARAMS)
@@ -128,9 +134,9 @@ def _check_blocks(qtype: fmt.AaacType, blocks: Any) -> Any:
     """The CuPy view of blocks, if the kernels can read them."""
     view = _view(blocks, "blocks")
     alignment = 4 if qtype.type_size % 4 == 0 else 2
-    if view.strides[1] != 1 or view.strides[0] < view.shape[1]:
+    if view.strides[1] != 1 or _row_stride(view) < view.shape[1]:
         raise AaacError(f"blocks have strides {list(view.strides)}, expected rows of consecutive bytes; make them contiguous")
-    if view.data.ptr % 4 or view.strides[0] % alignment:
+    if view.data.ptr % 4 or _row_stride(view) % alignment:
         where = f"start at {view.data.ptr:#x} with rows {view.strides[0]} bytes apart"
         raise AaacError(f"blocks {where}, expected multiples of 4 and {alignment}; copy them")
     return view
@@ -150,9 +156,9 @@ def _check_activations(x: Any, k: int, blocks: Any) -> tuple[Any, str]:
     view = _view(x, "x")
     if view.device != blocks.device:
         raise AaacError(f"x is on GPU {view.device.id} and the blocks are on GPU {blocks.device.id}; move one")
-    if view.shape[0] and (view.strides[1] != view.itemsize or view.strides[0] < 0):
+    if view.shape[0] and (view.strides[1] != view.itemsize or _row_stride(view) < 0):
         raise AaacError(f"x has strides {list(view.strides)}, expected columns of consecutive values; make it contiguous")
-    if view.data.ptr % 16 or view.strides[0] % 16:
+    if view.data.ptr % 16 or _row_stride(view) % 16:
         raise AaacError(f"x starts at {view.data.ptr:#x} with columns {view.strides[0]} bytes apart, expected multiples of 16; copy it")
     return view, name
 
@@ -193,7 +199,7 @@ def dequant(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, dtype: str = "fl
         n_units = n_rows * k // UNIT
         if n_units:
             run = kernel("dequant.cu", f"aaac_dequant<{STRUCTS[qtype.name]}, {C_TYPES[dtype]}>")
-            args = (params, view, np.int64(view.strides[0]), np.int32(k), np.uint32(n_units), out, np.int64(k))
+            args = (params, view, np.int64(_row_stride(view)), np.int32(k), np.uint32(n_units), out, np.int64(k))
             run((_ceil_div(n_units, THREADS),), (THREADS,), args)
     return _like(blocks, out, dtype == "bfloat16")
 
@@ -211,7 +217,7 @@ def quantize(x: Any) -> Any:
         out = cupy.empty((view.shape[0], _ceil_div(k + k // 8, 16) * 16), cupy.uint8)
         if view.shape[0]:
             run = kernel("matvec.cu", f"aaac_quantize_q8<{C_TYPES[name]}>")
-            run((_ceil_div(k, THREADS), view.shape[0]), (THREADS,), (view, np.int64(view.strides[0] // view.itemsize), np.int32(k), out))
+            run((_ceil_div(k, THREADS), view.shape[0]), (THREADS,), (view, np.int64(_row_stride(view) // view.itemsize), np.int32(k), out))
     return out
 
 
@@ -234,10 +240,10 @@ def matvec_into(qtype: fmt.AaacType, params: np.ndarray, view: Any, columns: Any
     """The launch alone, on CuPy arrays that have been checked: columns as `quantize` made them if `name` is empty, else of that float type."""
     n, n_rows = out.shape
     width = next(w for w in (1, 2, 4, 8) if n <= w)
-    args: list[Any] = [params, view, np.int64(view.strides[0]), np.int32(n_rows), np.int32(k), columns]
+    args: list[Any] = [params, view, np.int64(_row_stride(view)), np.int32(n_rows), np.int32(k), columns]
     if name:
         run = kernel("matvec.cu", f"aaac_matvec<{STRUCTS[qtype.name]}, {C_TYPES[name]}, {width}>")
-        args.append(np.int64(columns.strides[0] // columns.itemsize))
+        args.append(np.int64(_row_stride(columns) // columns.itemsize))
         rows = 2
     else:
         run = kernel("matvec.cu", f"aaac_matvec_q8<{STRUCTS[qtype.name]}, {width}>")
@@ -267,7 +273,7 @@ def matmul_into(qtype: fmt.AaacType, params: np.ndarray, view: Any, columns: Any
     """The launch alone, on CuPy arrays that have been checked."""
     n, n_rows = out.shape
     run = kernel("matmul.cu", f"aaac_matmul<{STRUCTS[qtype.name]}, {C_TYPES[name]}>")
-    args = (params, view, np.int64(view.strides[0]), np.int32(n_rows), np.int32(k), columns, np.int64(columns.strides[0] // columns.itemsize))
+    args = (params, view, np.int64(_row_stride(view)), np.int32(n_rows), np.int32(k), columns, np.int64(_row_stride(columns) // columns.itemsize))
     grid = (_ceil_div(n_rows, MATMUL_TILE), _ceil_div(n, MATMUL_TILE))
     run(grid, (MATMUL_THREADS,), (*args, np.int32(n), out, np.int64(n_rows), np.zeros((), EXPERTS)))
 

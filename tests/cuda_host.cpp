@@ -2,6 +2,9 @@
 
 #include "cuda_emulator.h"
 
+#include <algorithm>
+#include <utility>
+
 #include "aaac_matmul.cuh"
 #include "aaac_matvec.cuh"
 
@@ -22,6 +25,18 @@ template <class F> static void with_float(int format, F f) {
         case 2: f(aaac_bf16{}); break;
         default: abort();
     }
+}
+
+template <class... P, size_t... I> static void apply(void (*kernel)(P...), void ** args, std::index_sequence<I...>) { kernel(*(P *) args[I]...); }
+
+// as cudaLaunchKernel, with the sizes of the arguments; false if they are not those of the kernel
+template <class... P> static bool launch_as(void (*kernel)(P...), dim3 grid, int threads, void ** args, const int * sizes, int n_args) {
+    const int expected[] = { (int) sizeof(P)... };
+    if (!std::equal(expected, expected + sizeof...(P), sizes, sizes + n_args)) {
+        return false;
+    }
+    launch(grid, threads, [&] { apply(kernel, args, std::index_sequence_for<P...>{}); });
+    return true;
 }
 
 static int ceil_div(int64_t a, int64_t b) { return (int) ((a + b - 1)/b); }
@@ -118,6 +133,18 @@ void matmul(int type, int format, const aaac_params * p, const uint8_t * w, int6
                    [&] { aaac_matmul<decltype(t), A>(*p, w, row_bytes, n_rows, k, (const A *) x, k, n_cols, y, n_rows, experts); });
         });
     });
+}
+
+// a launch as CuPy makes it, of the kernel that a C++ expression names; false if there is none or its arguments have other sizes
+bool launch_expression(const char * expression, int grid_x, int grid_y, int threads, void ** args, const int * sizes, int n_args) {
+#define KERNEL(...)      if (strcmp(expression, #__VA_ARGS__) == 0) { return launch_as(__VA_ARGS__, {grid_x, grid_y}, threads, args, sizes, n_args); }
+#define COLUMNS(T, A)    KERNEL(aaac_matvec<T, A, 1>) KERNEL(aaac_matvec<T, A, 2>) KERNEL(aaac_matvec<T, A, 4>) KERNEL(aaac_matvec<T, A, 8>)
+#define FLOATS(T, A)     KERNEL(aaac_dequant<T, A>) KERNEL(aaac_matmul<T, A>) COLUMNS(T, A)
+#define QUANTIZED(T)     KERNEL(aaac_matvec_q8<T, 1>) KERNEL(aaac_matvec_q8<T, 2>) KERNEL(aaac_matvec_q8<T, 4>) KERNEL(aaac_matvec_q8<T, 8>)
+#define WEIGHTS(T)       FLOATS(T, float) FLOATS(T, aaac_f16) FLOATS(T, aaac_bf16) QUANTIZED(T)
+    WEIGHTS(aaac_g16) WEIGHTS(aaac_g32) WEIGHTS(aaac_g128)
+    KERNEL(aaac_quantize_q8<float>) KERNEL(aaac_quantize_q8<aaac_f16>) KERNEL(aaac_quantize_q8<aaac_bf16>)
+    return false;
 }
 
 } // extern "C"

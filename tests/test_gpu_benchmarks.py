@@ -5,13 +5,11 @@ The figures mean nothing; what runs here has no name that is missing and no flag
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from emulated_cupy import Cupy
 
 from aaac_gguf import kernels
 from aaac_gguf.format import TYPES
@@ -45,73 +43,9 @@ def test_models(patched, monkeypatch, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in work.iterdir()} == before, "models that WORK holds are made again"
 
 
-class Array(np.ndarray):
-    """NumPy's array with what CuPy's has besides."""
-
-    device = nullcontext()
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data, copy_from_device_async=lambda source, n_bytes, stream: None)
-
-
-class Stream:
-    """Captures nothing: a graph of it launches nothing."""
-
-    def __init__(self, non_blocking=False):
-        self.capturing = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def begin_capture(self):
-        self.capturing = True
-
-    def end_capture(self):
-        self.capturing = False
-        return SimpleNamespace(launch=lambda stream: None)
-
-    def synchronize(self):
-        assert not self.capturing
-
-
-def fake_cupy():
-    def array(make):
-        return lambda *args, **kwargs: make(*args, **kwargs).view(Array)
-
-    class Kernel(SimpleNamespace):
-        def __call__(self, grid, block, args):
-            assert all(n > 0 for n in (*grid, *block))
-
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-    runtime = SimpleNamespace(
-        getDeviceProperties=lambda i: {"name": b"no GPU", "l2CacheSize": 1 << 16, "multiProcessorCount": 1},
-        runtimeGetVersion=lambda: 0,
-        driverGetVersion=lambda: 0,
-    )
-    return SimpleNamespace(
-        **{name: array(getattr(np, name)) for name in ("asarray", "empty", "ones", "tile")},
-        **{name: getattr(np, name) for name in ("float16", "float32", "matmul", "ndarray", "uint8")},
-        RawModule=lambda **options: SimpleNamespace(get_function=lambda name: Kernel(num_regs=1, local_size_bytes=0, shared_size_bytes=0)),
-        cuda=SimpleNamespace(
-            Device=lambda: SimpleNamespace(id=0),
-            Event=lambda: event,
-            Stream=Stream,
-            get_current_stream=lambda: None,
-            get_elapsed_time=lambda start, end: 1.0,
-            runtime=runtime,
-        ),
-        get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: None),
-        random=SimpleNamespace(default_rng=lambda seed: SimpleNamespace(standard_normal=array(np.random.default_rng(seed).standard_normal))),
-    )
-
-
 def test_kernels(monkeypatch, tmp_path, capsys):
     kernels.kernel.cache_clear()
-    cupy = fake_cupy()
+    cupy = Cupy()
     monkeypatch.setattr(kernels, "_cupy", lambda: cupy)
     monkeypatch.setattr(gpu, "SHAPES", {"small": (64, 256), "wide": (128, 1024)})
     monkeypatch.setattr(gpu, "MATMUL_SHAPE", (64, 256))
