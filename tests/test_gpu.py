@@ -172,6 +172,8 @@ def test_compute_sanitizer(cp, tool):
     chosen = "test_matvec and 3-192 or test_matmul and 3-192 or test_dequant_sizes and 3-192"
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, __file__]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"AAAC_SANITIZING": "1", "CUPY_CACHE_IN_MEMORY": "1"})
+    if "Device not supported" in result.stdout + result.stderr:
+        pytest.skip("compute-sanitizer does not support this GPU or driver")
     assert result.returncode == 0, result.stdout[-4000:]
 
 
