@@ -1,7 +1,10 @@
-"""Fixtures: a small GGUF made here, the bundled model, and the patched llama.cpp where it is built."""
+"""Fixtures: a small GGUF made here, the bundled model, the patched llama.cpp where it is built, and the CUDA kernels on the host."""
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
 from pathlib import Path
 
 import gguf
@@ -13,6 +16,7 @@ from aaac_gguf import demo, llama
 from aaac_gguf import format as fmt
 from aaac_gguf.errors import AaacError
 from aaac_gguf.gguf_io import GgufFile
+from aaac_gguf.patch import shipped
 from aaac_gguf.source import full_precision
 
 # Threads that spin while other programs run cost more than they give to models this small.
@@ -88,3 +92,18 @@ def demo_full(llama_source: Path, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def demo_gguf(demo_full: GgufFile) -> Path:
     return demo_full.path
+
+
+@pytest.fixture(scope="session")
+def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels on the host, behind the functions of cuda_host.cpp."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    library = tmp_path_factory.mktemp("cuda") / "libcuda_host.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{shipped('cuda_kernels')}"]
+    subprocess.run(["g++", *flags, "-o", library, request.config.rootpath / "tests" / "cuda_host.cpp"], check=True)
+    lib = ctypes.CDLL(str(library))
+    lib.q8_stride.restype = lib.q8_place.restype = ctypes.c_int64
+    lib.q8_stride.argtypes = lib.q8_place.argtypes = [ctypes.c_int64]
+    lib.launch_expression.restype = ctypes.c_bool
+    return lib

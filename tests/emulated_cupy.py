@@ -60,12 +60,11 @@ class Kernel:
         """In the emulator of cuda_host.cpp, if there is a library of it."""
         assert all(n > 0 for n in (*grid, *block))
         if self.lib:
-            values = [np.uint64(arg.ctypes.data) if isinstance(arg, Array) else arg for arg in args]
-            values = [np.asarray(value) for value in values]
+            values = [np.asarray(np.uint64(arg.ctypes.data) if isinstance(arg, Array) else arg) for arg in args]
             pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
             sizes = (ctypes.c_int * len(values))(*(value.nbytes for value in values))
             launched = self.lib.launch_expression(self.expression.encode(), grid[0], (*grid, 1)[1], block[0], pointers, sizes, len(values))
-            assert launched & 1, f"{self.expression}: no such kernel, or its arguments have other sizes"
+            assert launched, f"{self.expression}: no such kernel, or its arguments have other sizes"
 
 
 class Cupy:

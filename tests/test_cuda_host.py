@@ -10,15 +10,12 @@ Decoding must match to the bit. Products are compared with float64 on the activa
 """
 
 import ctypes
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 from aaac_samples import BOOKS, codec, every_combination, hand_written, random_blocks
 
 from aaac_gguf.format import TYPES, Codec, decode, pack
-from aaac_gguf.patch import shipped
 
 ALL_TYPES = pytest.mark.parametrize("qtype", TYPES.values(), ids=TYPES)
 F32, F16, BF16, Q8 = 0, 1, 2, -1
@@ -30,19 +27,6 @@ class Params(ctypes.Structure):
 
     def __init__(self, codec: Codec):
         super().__init__((ctypes.c_int8 * 32)(*codec.codebooks.reshape(-1).tolist()), codec.scale_base, codec.scale_mantissa_bits)
-
-
-@pytest.fixture(scope="module")
-def lib(request, tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
-    library = tmp_path_factory.mktemp("cuda") / "libcuda_host.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{shipped('cuda_kernels')}"]
-    subprocess.run(["g++", *flags, "-o", library, request.config.rootpath / "tests" / "cuda_host.cpp"], check=True)
-    lib = ctypes.CDLL(str(library))
-    lib.q8_stride.restype = lib.q8_place.restype = ctypes.c_int64
-    lib.q8_stride.argtypes = lib.q8_place.argtypes = [ctypes.c_int64]
-    return lib
 
 
 def aligned(data: np.ndarray, offset: int = 0) -> np.ndarray:

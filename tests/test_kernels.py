@@ -9,7 +9,6 @@ import pytest
 import test_gpu
 from emulated_cupy import Cupy, numpy
 from numpy.lib.stride_tricks import as_strided
-from test_cuda_host import lib  # noqa: F401
 from test_gpu import test_errors_say_what_is_wrong, test_every_tensor_of_a_file, test_file_errors_name_the_type  # noqa: F401, collected here as well
 
 from aaac_gguf import kernels
@@ -19,7 +18,7 @@ ALL_TYPES = test_gpu.ALL_TYPES
 
 
 @pytest.fixture
-def cp(lib, monkeypatch):  # noqa: F811
+def cp(lib, monkeypatch):
     cupy = Cupy(lib)
     monkeypatch.setattr(kernels, "_cupy", lambda: cupy)
     monkeypatch.setattr(kernels, "np", numpy)
