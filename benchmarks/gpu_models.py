@@ -70,6 +70,8 @@ def bench(binaries: Path, model: Path, repetitions: int) -> dict[str, float]:
     if result.returncode:
         raise SystemExit(f"llama-bench failed on {model}: {result.stderr[-2000:]}")
     runs = json.loads(result.stdout[result.stdout.index("[") :])
+    if DEVICE == "cuda" and not all(r["gpu_info"] for r in runs):  # it would go on, on the CPU
+        raise SystemExit(f"llama-bench finds no GPU: {result.stderr[-2000:]}")
     return {(f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}"): float(r["avg_ts"]) for r in runs}
 
 

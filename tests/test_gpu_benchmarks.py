@@ -17,15 +17,20 @@ from aaac_gguf.format import TYPES
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gpu
 import gpu_models
-from random_models import Shape
+from random_models import Shape, one_layer
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(gpu_models, "TESTS", ("pp8", "tg2"))
+    monkeypatch.setattr(gpu_models, "RATIOS", (("tg2", "IQ4_NL"),))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads that spin while other programs run take minutes
 
 
 @pytest.mark.llama
-def test_models(patched, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu_models, "SHAPE", Shape(n_layers=2, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, n_vocab=320, tied=False))
+def test_models(patched, short, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_models, "SHAPE", Shape(n_layers=1, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, n_vocab=320, tied=False))
     monkeypatch.setattr(gpu_models, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_models, "TESTS", ("pp8", "pp16", "tg4"))
-    monkeypatch.setattr(gpu_models, "RATIOS", (("tg4", "IQ4_NL"),))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
     out, work = tmp_path / "out", tmp_path / "work"
@@ -61,3 +66,11 @@ def test_kernels(monkeypatch, tmp_path, capsys):
     assert len(results["matmul"]) == len(TYPES) * 2
     text = (tmp_path / "gpu-kernels.txt").read_text()
     assert all(name in text for name in (*TYPES, "small", "wide"))
+
+
+@pytest.mark.llama
+def test_a_run_without_a_gpu_is_no_measurement(patched, short, tmp_path):
+    model = tmp_path / "model.gguf"
+    one_layer(model, Shape(n_layers=1, n_embd=64, n_ff=64, n_head=1, n_head_kv=1, n_vocab=32, tied=False))
+    with pytest.raises(SystemExit, match="no GPU"):
+        gpu_models.bench(patched, model, repetitions=1)
