@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_cupy import Cupy
+from emulated_cupy import Cupy, numpy
 
 from aaac_gguf import kernels
 from aaac_gguf.format import TYPES
@@ -52,6 +52,7 @@ def test_kernels(monkeypatch, tmp_path, capsys):
     kernels.kernel.cache_clear()
     cupy = Cupy()
     monkeypatch.setattr(kernels, "_cupy", lambda: cupy)
+    monkeypatch.setattr(kernels, "np", numpy)
     monkeypatch.setattr(gpu, "SHAPES", {"small": (64, 256), "wide": (128, 1024)})
     monkeypatch.setattr(gpu, "MATMUL_SHAPE", (64, 256))
     monkeypatch.setattr(gpu, "MATMUL_COLUMNS", (16, 32))
