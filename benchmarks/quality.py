@@ -68,10 +68,11 @@ class Row:
 
 
 class Calibration(BlockMoments):
-    """Moments for one row after the other: what the full model does is kept."""
+    """Moments for one row after the other: what the full model does is kept. The model that is judged gets the weights as well."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, judged: Any, *args: Any):
         super().__init__(*args)
+        self.judged = dict(judged.named_parameters())
         self.kept: dict[int, Any] = {}
         self.originals = {name: p.detach().clone() for name, p in self.blocks.model.named_parameters()}
 
@@ -85,6 +86,13 @@ class Calibration(BlockMoments):
             p.data.copy_(self.originals[name])
         self.hidden.copy_(self.full[0])
         self.position, self.quantizing = 0, False
+
+    def put(self, name: str, weight: Tensor) -> None:
+        super().put(name, weight)
+        rows = self._rows(name)
+        if rows is None:
+            raise SystemExit(f"{name}: its rows are not those of {self.place[name][1]}; this benchmark needs them to be")
+        rows.put(self.judged[self.place[name][1]], weight)
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -349,7 +357,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality")
     args = parser.parse_args()
 
-    model = checkpoint.load_model(args.model)
+    model, calibrated = checkpoint.load_model(args.model), checkpoint.load_model(args.model, exact=False)
     texts = [calibrate.text_tokens(args.model, path, args.calib_sequences // len(args.calib), CONTEXT) for path in args.calib]
     tokens, digests = torch.cat([t for t, _ in texts]), {path.name: digest for path, (_, digest) in zip(args.calib, texts, strict=True)}
     tests = {path.name: calibrate.text_tokens(args.model, path, args.chunks, CONTEXT)[0] for path in args.test}
@@ -359,10 +367,10 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, convert.full_precision(args.model, Path(folder)) as file:
         sequences, weights = hessian.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
-        activations = calibrate.Activations(Blocks(model, tokens[:1]), sequences, len(tokens), Path(folder))
+        activations = calibrate.Activations(Blocks(calibrated, tokens[:1]), sequences, len(tokens), Path(folder))
         activations.run(calibrate.Squares())
         names = [name for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
-        calibration = Calibration(activations, weights, file, names, Path(folder), args.seed)
+        calibration = Calibration(model, activations, weights, file, names, Path(folder), args.seed)
         layers = {}
         for name in sorted(calibration.place, key=calibration.place.__getitem__):
             weight = convert.load_weight(file, name, "cpu")
