@@ -62,6 +62,14 @@ def _built(compiler: str) -> Path:
     return out
 
 
+def scale_borders(scales: Tensor) -> tuple[Tensor, int]:
+    """The borders between neighbouring nonzero scales of float32 [n], padded with infinity to 2^depth - 1; and depth, the steps of a bisection."""
+    borders = (scales[2:] + scales[1:-1]) / 2
+    depth = len(borders).bit_length()
+    padding = borders.new_full(((1 << depth) - 1 - len(borders),), torch.inf)
+    return torch.cat([borders, padding]), depth
+
+
 class CompiledGrid(ctypes.Structure):
     """`grid` of search.c."""
 
@@ -71,10 +79,7 @@ class CompiledGrid(ctypes.Structure):
 
     def __init__(self, grid: Grid):
         scales = grid.scales.contiguous()
-        borders = (scales[2:] + scales[1:-1]) / 2
-        depth = len(borders).bit_length()
-        middles = torch.full(((1 << depth) - 1,), torch.inf)
-        middles[: len(borders)] = borders
+        middles, depth = scale_borders(scales)
         self._alive = (grid.nearest_level.contiguous(), grid.nearest_index.contiguous(), scales, middles)
         super().__init__(*(t.data_ptr() for t in self._alive), len(scales), depth)
 

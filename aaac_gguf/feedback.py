@@ -21,8 +21,10 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .compiled import CompiledGrid
 from .encode import CELLS, CELLS_PER_UNIT, Encoded, Grid, scale_starts
 from .format import SELECTOR_SIZE
+from .gpu_search import GpuSearch, gpu_search
 from .kquants import Steps
 
 DAMPING = 0.03  # of the mean of H's diagonal, added to the diagonal
@@ -206,10 +208,11 @@ class _Metrics:
 def feedback(weight: Tensor, inputs: Factor, grid: Grid, qtype: Grouped, outputs: Tensor | None = None, sweeps: int = SWEEPS) -> Encoded:
     """Encode `weight` float32 [N, K] for least error under `inputs`, the factored H, and `outputs`, O [N, N] as it was measured, if given."""
     metrics = _Metrics(inputs, qtype.group_size)
-    rows_type = _CompiledRows if grid.compiled else _Rows
+    search = grid.compiled or gpu_search(grid, qtype.group_size)
 
     def encode(part: Tensor, _: Tensor) -> tuple[Tensor, Encoded]:
-        rows = rows_type(part, inputs, metrics, grid, qtype)
+        given = (part, inputs, metrics, grid, qtype)
+        rows = _CompiledRows(search, *given) if search else _Rows(*given)
         encoded = rows.encode(sweeps)
         return rows.q.T, encoded
 
@@ -348,23 +351,25 @@ class _Rows:
 
 
 class _CompiledRows(_Rows):
-    """The same in search.c, a block of columns at a time."""
+    """The same in search.c or search.cu, a block of columns at a time."""
+
+    def __init__(self, search: CompiledGrid | GpuSearch, weight: Tensor, inputs: Factor, metrics: _Metrics, grid: Grid, qtype: Grouped):
+        super().__init__(weight, inputs, metrics, grid, qtype)
+        self.search = search
 
     def _outputs(self, block: slice) -> tuple[Tensor, ...]:
         runs, groups = (slice(block.start // n, block.stop // n) for n in (SELECTOR_SIZE, self.size))
         return self.q[block], self.level[block], self.second[runs], self.code[groups]
 
     def _decide(self, block: slice, w: Tensor) -> Tensor:
-        assert self.grid.compiled
         errors = torch.empty_like(w)
         u, starts = self.u[block, block], self.starts
-        self.grid.compiled.call("aaac_feed_back", *w.shape, self.size, u, len(self.u), starts, len(starts), w, *self._outputs(block), errors)
+        self.search.call("aaac_feed_back", *w.shape, self.size, u, len(self.u), starts, len(starts), w, *self._outputs(block), errors)
         return errors
 
     def _revise(self, block: slice, gradient: Tensor) -> None:
-        assert self.grid.compiled
         roots = self.metrics.fixed_roots[block.start // self.size :]
-        self.grid.compiled.call("aaac_sweep", *gradient.shape, self.size, self.h[block, block], len(self.h), roots, gradient, *self._outputs(block))
+        self.search.call("aaac_sweep", *gradient.shape, self.size, self.h[block, block], len(self.h), roots, gradient, *self._outputs(block))
 
 
 def _blocks(n_per_row: int) -> list[slice]:

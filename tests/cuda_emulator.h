@@ -70,6 +70,7 @@ inline void entry() {
 static dim3 threadIdx, blockIdx, blockDim;
 
 inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::n_threads); }
+inline void __syncwarp() { emulator::sync_warp(); }
 
 template <class V> V __shfl_xor_sync(uint32_t, V value, int mask) {
     using namespace emulator;
@@ -77,6 +78,16 @@ template <class V> V __shfl_xor_sync(uint32_t, V value, int mask) {
     memcpy(&warp().word[lane()], &value, 4);
     sync_warp();
     memcpy(&value, &warp().word[lane() ^ mask], 4);
+    sync_warp();
+    return value;
+}
+
+template <class V> V __shfl_sync(uint32_t, V value, int from, int width) {
+    using namespace emulator;
+    static_assert(sizeof(V) == 4, "32-bit values only");
+    memcpy(&warp().word[lane()], &value, 4);
+    sync_warp();
+    memcpy(&value, &warp().word[lane()/width*width + from], 4);
     sync_warp();
     return value;
 }
