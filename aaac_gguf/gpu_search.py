@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from .encode import Grid
 
 # cuda_kernels/search.cu
-GROUP_SIZES = (16, 32, 128)
 STARTS = 6
 ROWS, THREADS = 4, 64  # of one block of threads
 GRID = np.dtype([(name, np.uint64) for name in ("level", "scales", "middles")] + [(name, np.int32) for name in ("n_scales", "depth")])
@@ -30,11 +30,16 @@ GRID = np.dtype([(name, np.uint64) for name in ("level", "scales", "middles")] +
 
 def gpu_search(grid: Grid, group_size: int) -> GpuSearch | None:
     """The search for `grid`; None on a CPU, and, with a warning, where the kernels cannot be built."""
-    if grid.levels.device.type != "cuda":
+    device = grid.levels.device
+    if device.type != "cuda":
         return None
-    with torch.cuda.device(grid.levels.device):
+    with torch.cuda.device(device):
         kernels = _kernels(group_size)
-    return GpuSearch(grid, kernels) if kernels else None
+    if not kernels:
+        return None
+    import cupy
+
+    return GpuSearch(grid, kernels, cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream))
 
 
 @functools.cache
@@ -52,25 +57,15 @@ def _kernels(group_size: int) -> dict[str, Any] | None:
 class GpuSearch:
     """As `compiled.CompiledGrid`, for feedback.py alone."""
 
-    def __init__(self, grid: Grid, kernels: dict[str, Any]):
-        import cupy
-
-        device = grid.levels.device
-        self.kernels = kernels
-        self.device, self.stream = cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
-        self.tensors, self.grid = grid_tables(grid)
+    def __init__(self, grid: Grid, kernels: dict[str, Any], device: AbstractContextManager, stream: AbstractContextManager):
+        scales = grid.scales.contiguous()
+        middles, depth = scale_borders(scales)
+        self._alive = (grid.nearest_level.contiguous(), scales, middles)
+        self.grid = np.array((*(t.data_ptr() for t in self._alive), len(scales), depth), dtype=GRID)
+        self.kernels, self.device, self.stream = kernels, device, stream
 
     def call(self, name: str, n_columns: int, n_rows: int, group_size: int, *arguments: Tensor | int) -> None:
         """Launch a kernel of search.cu. Tensors live on the grid's GPU, with the shapes and dtypes that search.cu gives."""
-        sizes = (n_columns, n_rows, *arguments)
-        given = (a.data_ptr() if isinstance(a, Tensor) else np.int32(a) for a in sizes)
+        given = (a.data_ptr() if isinstance(a, Tensor) else np.int32(a) for a in (n_columns, n_rows, *arguments))
         with self.device, self.stream:
             self.kernels[name]((-(-n_rows // ROWS),), (THREADS,), (self.grid, *given))
-
-
-def grid_tables(grid: Grid) -> tuple[list[Tensor], np.ndarray]:
-    """`aaac_grid` of search.cu, and the tensors that it points to."""
-    scales = grid.scales.contiguous()
-    middles, depth = scale_borders(scales)
-    tensors = [grid.nearest_level.contiguous(), scales, middles]
-    return tensors, np.array((*(t.data_ptr() for t in tensors), len(scales), depth), dtype=GRID)

@@ -7,7 +7,6 @@
 
 #include "aaac_matmul.cuh"
 #include "aaac_matvec.cuh"
-#include "search.cu"
 
 template <class F> static void with_type(int type, F f) {
     switch (type) {
@@ -146,39 +145,6 @@ bool launch_expression(const char * expression, int grid_x, int grid_y, int thre
     WEIGHTS(aaac_g16) WEIGHTS(aaac_g32) WEIGHTS(aaac_g128)
     KERNEL(aaac_quantize_q8<float>) KERNEL(aaac_quantize_q8<aaac_f16>) KERNEL(aaac_quantize_q8<aaac_bf16>)
     return false;
-}
-
-} // extern "C"
-
-// The searches of feedback.py
-template <class F> static void with_group_size(int64_t size, F f) {
-    switch (size) {
-        case 16:  f(std::integral_constant<int, 16>{});  break;
-        case 32:  f(std::integral_constant<int, 32>{});  break;
-        case 128: f(std::integral_constant<int, 128>{}); break;
-        default: abort();
-    }
-}
-
-extern "C" {
-
-int search_rows()    { return AAAC_ROWS; }
-int search_threads() { return AAAC_SEARCH_THREADS; }
-
-void aaac_feed_back_host(int64_t size, const aaac_grid * grid, int n, int n_rows, const float * u, int ld, const float * starts, int n_starts,
-                         const float * w, float * q, float * level, uint8_t * second, int64_t * code, float * error) {
-    with_group_size(size, [&](auto g) {
-        launch({ceil_div(n_rows, AAAC_ROWS)}, AAAC_SEARCH_THREADS,
-               [&] { aaac_feed_back<g>(*grid, n, n_rows, u, ld, starts, n_starts, w, q, level, second, code, error); });
-    });
-}
-
-void aaac_sweep_host(int64_t size, const aaac_grid * grid, int n, int n_rows, const float * h, int ld, const float * roots, const float * gradient,
-                     float * q, float * level, uint8_t * second, int64_t * code) {
-    with_group_size(size, [&](auto g) {
-        launch({ceil_div(n_rows, AAAC_ROWS)}, AAAC_SEARCH_THREADS,
-               [&] { aaac_sweep<g>(*grid, n, n_rows, h, ld, roots, gradient, q, level, second, code); });
-    });
 }
 
 } // extern "C"

@@ -14,11 +14,11 @@ from aaac_samples import codec, random_blocks
 
 from aaac_gguf import kernels
 from aaac_gguf.errors import AaacError
-from aaac_gguf.format import G16, G32, decode
+from aaac_gguf.format import G16, G32, TYPES, decode
 from aaac_gguf.patch import shipped
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
-FILES = ("dequant.cu", "matvec.cu", "matmul.cu")
+FILES = ("dequant.cu", "matvec.cu", "matmul.cu", "search.cu")
 
 
 def nvcc(*args) -> str:
@@ -55,7 +55,7 @@ def test_kernels_compile(file, arch, tmp_path):
         assert spilled == 0, f"{name} spills on sm_{arch}"
         assert registers <= 65536 // kernels.MATMUL_THREADS
         assert shared <= 48 * 1024
-    assert len(rows) == {"dequant.cu": 9, "matvec.cu": 27, "matmul.cu": 9}[file]
+    assert len(rows) == {"dequant.cu": 9, "matvec.cu": 27, "matmul.cu": 9, "search.cu": 6}[file]
 
 
 def test_nvrtc_compiles_what_cupy_will_ask_for():
@@ -73,6 +73,7 @@ def test_nvrtc_compiles_what_cupy_will_ask_for():
         "dequant.cu": [f"aaac_dequant<{s}, {t}>" for s in structs for t in types],
         "matvec.cu": [f"aaac_matvec_q8<{s}, 1>" for s in structs] + [f"aaac_matvec<aaac_g32, {t}, 2>" for t in types] + ["aaac_quantize_q8<float>"],
         "matmul.cu": [f"aaac_matmul<aaac_g128, {t}>" for t in types],
+        "search.cu": [f"{name}<{t.group_size}>" for name in ("aaac_feed_back", "aaac_sweep") for t in TYPES.values()],
     }
     for file, names in expressions.items():
         program = ctypes.c_void_p()
