@@ -13,7 +13,7 @@ as columns are: what is left of a block of rows moves the rows behind it by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -24,7 +24,7 @@ from torch import Tensor
 from .compiled import CompiledGrid
 from .encode import CELLS, CELLS_PER_UNIT, Encoded, Grid, scale_starts
 from .format import SELECTOR_SIZE
-from .gpu_search import GpuSearch, gpu_search
+from .gpu_search import GpuSearch, gpu_rounding, gpu_search
 from .kquants import Steps
 
 DAMPING = 0.03  # of the mean of H's diagonal, added to the diagonal
@@ -224,24 +224,36 @@ def feedback(weight: Tensor, inputs: Factor, grid: Grid, qtype: Grouped, outputs
 def feedback_on_steps(weight: Tensor, inputs: Factor, steps: Steps, outputs: Tensor | None = None) -> Tensor:
     """Quants uint8 [N, K] for `weight` float32 [N, K] where the scales are chosen already; the moments as in `feedback`."""
     u, of_runs = inputs.u, (steps.step, steps.offset, steps.inverse)
+    round_columns = gpu_rounding(weight.device) or _round_columns
 
     def encode(part: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        w, quants = part.T.clone(), torch.empty(weight.shape[1], len(part), dtype=torch.uint8, device=weight.device)
-        step, offset, inverse = (t[index].T for t in of_runs)
+        w = part.T.clone(memory_format=torch.contiguous_format)
+        quants = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+        given = [t[index].T.contiguous() for t in of_runs]
         for block in _blocks(len(w)):
-            errors = torch.empty_like(w[block])
-            for j in range(block.start, block.stop):
-                run = j // steps.run
-                quant = ((w[j] + offset[run]) * inverse[run]).round_().clamp_(0, steps.n_levels - 1)
-                quants[j] = quant
-                error = torch.sub(w[j], quant * step[run] - offset[run], out=errors[j - block.start]).div_(u[j, j])
-                w[j + 1 : block.stop].addr_(u[j, j + 1 : block.stop], error, alpha=-1)
+            runs = slice(block.start // steps.run, block.stop // steps.run)
+            errors = round_columns(w[block], u[block, block], [t[runs] for t in given], steps.n_levels, quants[block])
             w[block.stop :].addmm_(u[block, block.stop :].T, errors, alpha=-1)
         chosen = quants.T.contiguous()
         return replace(steps, step=steps.step[index], offset=steps.offset[index]).weights(chosen), chosen
 
     parts, order = _in_row_blocks(weight, outputs, encode)
     return torch.cat(parts)[order]
+
+
+def _round_columns(w: Tensor, u: Tensor, of_runs: Sequence[Tensor], n_levels: int, quants: Tensor) -> Tensor:
+    """Quants of a block of columns `w` [n, N], which moves on the way, into `quants` [n, N]; of_runs: step, offset and 1 / step [n / run, N].
+
+    Returns what U turns into the moves of the columns behind it, [n, N].
+    """
+    step, offset, inverse = (t.repeat_interleave(len(w) // len(t), 0) for t in of_runs)
+    errors = torch.empty_like(w)
+    for j, error in enumerate(errors):
+        quant = ((w[j] + offset[j]) * inverse[j]).round_().clamp_(0, n_levels - 1)
+        quants[j] = quant
+        torch.sub(w[j], quant * step[j] - offset[j], out=error).div_(u[j, j])
+        w[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
+    return errors
 
 
 _Part = TypeVar("_Part")

@@ -1,4 +1,5 @@
-// The searches of feedback.py on a GPU: `aaac_feed_back` and `aaac_sweep` of search.c, which take the same arguments. Not part of the patch.
+// The inner loops of feedback.py on a GPU: `aaac_feed_back` and `aaac_sweep` of search.c, which take the same arguments, and rounding to steps that
+// are chosen already. Not part of the patch.
 //
 // A row is decided group after group, so what runs at the same time is rows and, inside a row, candidates: 16 threads share a row, and each two of
 // them round the group at one scale, one thread with each codebook. Between candidates the 16 share out the columns. A candidate's columns wait for
@@ -321,6 +322,48 @@ aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const flo
         __syncwarp();
         aaac_move(r, h + k*ld, ld, change, k + G, n);
         __syncwarp();
+    }
+}
+
+// feedback._round_columns. w, error [n][n_rows]; quants [n][n_rows]; u: the block's upper triangle, row stride ld; step, offset, inverse
+// [n / run][n_rows], run a multiple of 16. A thread holds the columns t, t + 16 .. of its row
+__global__ void __launch_bounds__(AAAC_SEARCH_THREADS)
+aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld, int run, int n_levels, const float * step, const float * offset,
+                        const float * inverse, const float * w, uint8_t * quants, float * error) {
+    const int  row   = blockIdx.x*AAAC_ROWS + threadIdx.x/AAAC_ROW_THREADS;
+    const int  t     = aaac_row_thread();
+    const bool valid = row < n_rows;
+    float x[AAAC_BLOCK/AAAC_ROW_THREADS];
+#pragma unroll
+    for (int p = 0; p < AAAC_BLOCK/AAAC_ROW_THREADS; ++p) {
+        const int j = p*AAAC_ROW_THREADS + t;
+        x[p] = valid && j < n ? w[j*n_rows + row] : 0.0f;
+    }
+#pragma unroll
+    for (int p = 0; p < AAAC_BLOCK/AAAC_ROW_THREADS; ++p) {
+        const int start = p*AAAC_ROW_THREADS;
+        if (start < n) {
+            const int   of  = start/run*n_rows + row;
+            const float one = valid ? step[of] : 0.0f, shift = valid ? offset[of] : 0.0f, factor = valid ? inverse[of] : 0.0f;
+            const float root = 1.0f/u[(start + t)*ld + start + t];
+            for (int i = 0; i < AAAC_ROW_THREADS; ++i) {
+                const float * next  = u + (start + i)*ld + start;
+                const float   value = __shfl_sync(0xFFFFFFFFu, x[p], i, AAAC_ROW_THREADS);
+                const float   quant = fminf(fmaxf(rintf(aaac_mul(value + shift, factor)), 0.0f), n_levels - 1);
+                const float   left  = (value - (aaac_mul(quant, one) - shift))*__shfl_sync(0xFFFFFFFFu, root, i, AAAC_ROW_THREADS);
+                if (valid && t == i) {
+                    quants[(start + i)*n_rows + row] = (uint8_t) quant;
+                    error[(start + i)*n_rows + row]  = left;
+                }
+#pragma unroll
+                for (int later = p; later < AAAC_BLOCK/AAAC_ROW_THREADS; ++later) {
+                    const int to = (later - p)*AAAC_ROW_THREADS + t;
+                    if (to > i && start + to < n) {
+                        x[later] -= next[to]*left;
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -14,9 +14,9 @@ from aaac_gguf import feedback as module
 from aaac_gguf import gpu_search
 from aaac_gguf.encode import SCALE_STARTS, Grid, decode
 from aaac_gguf.errors import AaacError
-from aaac_gguf.feedback import factor, feedback, output_error
+from aaac_gguf.feedback import factor, feedback, feedback_on_steps, output_error
 from aaac_gguf.format import G16, G32, G128
-from aaac_gguf.gpu_search import GpuSearch
+from aaac_gguf.kquants import KQUANTS
 from aaac_gguf.patch import shipped
 from aaac_gguf.quantize import quantize
 from aaac_gguf.stock import STOCK_TYPES
@@ -34,24 +34,31 @@ def lib(request, tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
+def as_cupy_passes(argument):
+    """A structure, an int or a pointer, by its type in Python."""
+    if isinstance(argument, np.ndarray):
+        return argument.ctypes
+    return ctypes.c_int32(int(argument)) if isinstance(argument, np.int32) else ctypes.c_void_p(argument)
+
+
 @pytest.fixture
 def on_host(lib, monkeypatch):
-    """Makes `feedback` launch the kernels, here, for every grid that search.c does not serve; returns the names of those launched."""
+    """Makes feedback.py launch the kernels, here, unless search.c does the work; returns the names of those launched."""
     launched = []
 
-    def search(grid: Grid, group_size: int) -> GpuSearch:
-        def kernel(name):
-            def launch(blocks, threads, args):
-                launched.append(name)
-                tables, *rest = args
-                given = (ctypes.c_int32(int(a)) if isinstance(a, np.int32) else ctypes.c_void_p(a) for a in rest)
-                getattr(lib, name)(group_size, *blocks, *threads, tables.ctypes, *given)
+    def kernel(name):
+        function, _, group_size = name.removesuffix(">").partition("<")
 
-            return launch
+        def launch(blocks, threads, args):
+            launched.append(function)
+            getattr(lib, function)(int(group_size or 0), *blocks, *threads, *map(as_cupy_passes, args))
 
-        return GpuSearch(grid, {name: kernel(name) for name in KERNELS}, nullcontext(), nullcontext())
+        return launch
 
-    monkeypatch.setattr(module, "gpu_search", search)
+    def launcher(device, *names):
+        return gpu_search.Launcher({name: kernel(name) for name in names}, nullcontext(), nullcontext())
+
+    monkeypatch.setattr(gpu_search, "launcher", launcher)
     return launched
 
 
@@ -79,6 +86,12 @@ def grid_of(qtype, w: torch.Tensor, compiled: bool) -> Grid:
     return grid
 
 
+def check_alike(w, a, b, inputs, o):
+    # Here all are equal; on other machines a tie within rounding may be decided otherwise and move the weights behind it.
+    assert float((a == b).float().mean()) > 0.9
+    assert output_error(w - a, inputs.hessian, o) == pytest.approx(output_error(w - b, inputs.hessian, o), rel=0.01)
+
+
 FULL, FEW = 2000, 40  # tokens: H of full rank, and H that only damping makes definite
 
 
@@ -104,15 +117,25 @@ def test_kernels_choose_as_torch_and_c_do(on_host, monkeypatch, qtype, n_rows, k
         found = feedback(w, inputs, grid_of(qtype, w, compiled=False), qtype, o, sweeps)
         blocks = -(-k // 128) * (len(range(0, n_rows, -(-n_rows // 16))) if rows_too else 1)
         assert [on_host.count(name) for name in KERNELS] == [blocks, sweeps * blocks]
+        grids = [grid_of(qtype, w, compiled) for compiled in (False, True)]
         with monkeypatch.context() as patch:
-            patch.setattr(module, "gpu_search", gpu_search.gpu_search)
-            grids = [grid_of(qtype, w, compiled) for compiled in (False, True)]
+            patch.setattr(gpu_search, "launcher", lambda device, *names: None)
             wanted = [feedback(w, inputs, grid, qtype, o, sweeps) for grid in grids]
         for other in wanted:
-            a, b = (decode(e, grids[0]) for e in (found, other))
-            # Here all are equal; on other machines a tie within rounding may be decided otherwise and move the weights behind it.
-            assert float((a == b).float().mean()) > 0.9
-            assert output_error(w - a, inputs.hessian, o) == pytest.approx(output_error(w - b, inputs.hessian, o), rel=0.01)
+            check_alike(w, decode(found, grids[0]), decode(other, grids[0]), inputs, o)
+
+
+@pytest.mark.parametrize("n_tokens", [FULL, FEW])
+@pytest.mark.parametrize("rows_too", [False, True], ids=["columns", "columns and rows"])
+@pytest.mark.parametrize("kind", KQUANTS.values(), ids=[t.name for t in KQUANTS])
+def test_rounding_to_steps(on_host, monkeypatch, kind, rows_too, n_tokens):
+    w, inputs = samples(7, 512), factor(moment(512, n_tokens))
+    steps = kind.steps(w, torch.ones_like(w))
+    o = torch.eye(7) + 0.3 if rows_too else None
+    found = feedback_on_steps(w, inputs, steps, o)
+    assert on_host == ["aaac_feed_back_on_steps"] * (4 * 7 if rows_too else 4)
+    monkeypatch.setattr(gpu_search, "launcher", lambda device, *names: None)
+    check_alike(w, steps.weights(found), steps.weights(feedback_on_steps(w, inputs, steps, o)), inputs, o)
 
 
 def test_constants_match(lib):
@@ -130,7 +153,7 @@ def test_without_cupy_torch_does_it(monkeypatch):
     gpu_search._kernels.cache_clear()
     try:
         with pytest.warns(UserWarning, match="CuPy is not installed; error feedback takes many times as long"):
-            assert gpu_search._kernels(16) is None
+            assert gpu_search._kernels("aaac_sweep<16>") is None
     finally:
         gpu_search._kernels.cache_clear()
     assert gpu_search.gpu_search(grid_of(G16, samples(2, 64), compiled=False), 16) is None
