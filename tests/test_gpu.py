@@ -16,12 +16,18 @@ import numpy as np
 import pytest
 import torch
 from aaac_samples import codec, every_combination, hand_written, random_blocks
+from test_gpu_search import check_alike, moment, samples
 
-from aaac_gguf import demo, kernels
+from aaac_gguf import demo, gpu_search, kernels
 from aaac_gguf.convert import Calibration, Settings, convert
+from aaac_gguf.encode import Grid
+from aaac_gguf.encode import decode as decode_encoded
 from aaac_gguf.errors import AaacError
+from aaac_gguf.feedback import factor, feedback, feedback_on_steps
 from aaac_gguf.format import G16, G32, TYPES, decode
 from aaac_gguf.gguf_io import read
+from aaac_gguf.kquants import KQUANTS
+from aaac_gguf.quantize import quantize
 
 pytestmark = pytest.mark.gpu
 ALL_TYPES = pytest.mark.parametrize("qtype", TYPES.values(), ids=TYPES)
@@ -138,6 +144,34 @@ def test_torch_tensors_stay_where_they_are(cp, qtype):
         assert y.is_cuda
         bound = relative * (x.double().abs() @ torch.from_dlpack(w).T.abs())
         assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("rows_too", [False, True], ids=["columns", "columns and rows"])
+@pytest.mark.parametrize(("n_rows", "k"), [(1, 128), (45, 384), (896, 1024)])
+@pytest.mark.parametrize("qtype", [*TYPES.values(), *KQUANTS.values()], ids=[*TYPES, *(t.name for t in KQUANTS)])
+def test_error_feedback_is_that_of_torch(cp, monkeypatch, qtype, n_rows, k, rows_too):
+    if not torch.cuda.is_available():
+        pytest.skip("torch is built without CUDA")
+    if qtype in KQUANTS.values():
+        k = -(-k // 256) * 256
+    w, inputs = samples(n_rows, k).cuda(), factor(moment(k, 4 * k).cuda())
+    o = torch.eye(n_rows, device="cuda") + 0.3 if rows_too else None
+    if qtype in KQUANTS.values():
+        steps = qtype.steps(w, torch.ones_like(w))
+        run = lambda: steps.weights(feedback_on_steps(w, inputs, steps, o))  # noqa: E731
+        used = gpu_search.gpu_rounding(w.device)
+    else:
+        grid = Grid.of_codec(quantize(w.cpu(), qtype).codec, qtype, "cuda")
+        run = lambda: decode_encoded(feedback(w, inputs, grid, qtype, o), grid)  # noqa: E731
+        used = gpu_search.gpu_search(grid, qtype.group_size)
+    assert used, "the kernels cannot be built"
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = run()
+        assert torch.equal(run(), found), "two runs differ: a race"
+    torch.cuda.synchronize()
+    monkeypatch.setattr(gpu_search, "launcher", lambda device, *names: None)
+    check_alike(w, found, run(), inputs, o)
 
 
 def test_errors_say_what_is_wrong(cp):
