@@ -77,6 +77,7 @@ class GpuSearch:
         self.launch = launch
 
     def call(self, name: str, n_columns: int, n_rows: int, group_size: int, *arguments: Tensor | int) -> None:
+        """Launch a kernel of search.cu, with the arguments of the function of search.c."""
         self.launch(f"{name}<{group_size}>", n_rows, self.grid, n_columns, n_rows, *arguments)
 
 

@@ -77,7 +77,8 @@ AAAC_DEV aaac_candidate aaac_least(aaac_candidate c, int n) {
     c.loss = order < n ? fminf(c.loss, none) : none; // a candidate that overflows is NaN
 #pragma unroll
     for (int mask = 2; mask < AAAC_ROW_THREADS; mask *= 2) {
-        const aaac_candidate other = { aaac_exchange(c.loss, mask), aaac_exchange(c.code, mask), aaac_exchange(c.slot, mask), aaac_exchange(c.second, mask) };
+        const aaac_candidate other = { aaac_exchange(c.loss, mask), aaac_exchange(c.code, mask), aaac_exchange(c.slot, mask),
+                                       aaac_exchange(c.second, mask) };
         const int at = aaac_exchange(order, mask);
         if (other.loss < c.loss || (other.loss == c.loss && at < order)) {
             c     = other;
@@ -266,7 +267,7 @@ aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const
 }
 
 // _Rows._revise. gradient [n][n_rows] is H (w - q) at the block's columns on entry; h: the block's part of H, row stride ld; roots [n / G][G][G]: with
-// (H_GG)^-1 = U^T U; q, level, second and code as above, of which q, code and, where nothing better is found, the others are read
+// (H_GG)^-1 = U^T U; q, level, second and code as above: q and code are read, all are written where something better is found
 template <int G>
 __global__ void __launch_bounds__(AAAC_SEARCH_THREADS)
 aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const float * __restrict__ h, int ld, const float * __restrict__ roots,
