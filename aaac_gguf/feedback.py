@@ -242,10 +242,7 @@ def feedback_on_steps(weight: Tensor, inputs: Factor, steps: Steps, outputs: Ten
 
 
 def _round_columns(w: Tensor, u: Tensor, of_runs: Sequence[Tensor], n_levels: int, quants: Tensor) -> Tensor:
-    """Quants of a block of columns `w` [n, N], which moves on the way, into `quants` [n, N]; of_runs: step, offset and 1 / step [n / run, N].
-
-    Returns what U turns into the moves of the columns behind it, [n, N].
-    """
+    """Round a block of columns `w` [n, N], which moves, to `quants` [n, N]; of_runs: step, offset and 1 / step [n / run, N]. Returns the errors."""
     step, offset, inverse = (t.repeat_interleave(len(w) // len(t), 0) for t in of_runs)
     errors = torch.empty_like(w)
     for j, error in enumerate(errors):
