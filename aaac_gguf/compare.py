@@ -151,7 +151,8 @@ def measure_imatrix(source: Path, full: GgufFile, settings: convert.Settings, ou
     """The importance file of the same calibration for llama-quantize, None where there is no calibration, and the seconds it took."""
     start = time.monotonic()
     _, _, inputs = convert.outline(source, full, settings)
-    imatrix, _ = convert.measure(source, full, inputs, replace(settings, feedback=False), [], out.parent)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        imatrix, _ = convert.measure(source, full, inputs, replace(settings, feedback=False), [], Path(folder))
     if not imatrix.entries:
         return None, 0.0
     write_imatrix(out, imatrix)
