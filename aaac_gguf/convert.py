@@ -266,7 +266,7 @@ def scratch_bytes(source: Path, header: GgufFile, settings: Settings, inputs: In
         return header.n_bytes
     n_blocks, width = (int(header.get(f"{header.architecture}.{key}", 0)) for key in ("block_count", "embedding_length"))
     n_tokens = int(inputs.description["tokens"] * (1 + RANDOM_SHARE))
-    return header.n_bytes + 2 * 4 * (n_blocks + 1) * n_tokens * width
+    return header.n_bytes + 4 * (2 * (n_blocks + 1) + 1) * n_tokens * width
 
 
 def measure(

@@ -104,7 +104,9 @@ class BlockMoments:
         self.batches = activations.batches(len(self.sequences))
         self.weights = [float(weights[batch.start]) for batch in self.batches]
         self.full = activations.hidden
-        self.hidden = self.full[0].clone()  # what block `position` gets from the quantized ones before it
+        # What block `position` gets from the quantized ones before it.
+        self.hidden = on_disk(folder / "quantized", self.full[0].shape, self.full.dtype)
+        self.hidden.copy_(self.full[0])
         self.position = 0
         self.quantizing = False  # whether anything before the inputs that are measured is quantized
         model = self.blocks.model
