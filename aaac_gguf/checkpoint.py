@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -79,6 +80,7 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what is on disk, as it was told
     stored = _read_json(source / "config.json")
     bfloat16 = stored.get("dtype", stored.get("torch_dtype")) == "bfloat16" and any(
         torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")
