@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from aaac_gguf import demo, llama
+from aaac_gguf import cli, demo, llama
 from aaac_gguf import format as fmt
 from aaac_gguf.errors import AaacError
 from aaac_gguf.gguf_io import GgufFile
@@ -107,3 +107,17 @@ def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     lib.q8_stride.argtypes = lib.q8_place.argtypes = [ctypes.c_int64]
     lib.launch_expression.restype = ctypes.c_bool
     return lib
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(*args): the line that a verb refuses bad input with; status 2 and no second line."""
+
+    def run(*args) -> str:
+        assert cli.main([str(arg) for arg in args]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("aaac-gguf: error: ")
+        assert len(err.splitlines()) == 1, err
+        return err
+
+    return run
