@@ -215,7 +215,7 @@ def mixed_plans(
 def searched(plans: Sequence[TensorPlan]) -> list[str]:
     """The tensors that are rounded by search, and so are worth calibrating for."""
     known = {*fmt.TYPES_BY_ID, *STOCK_TYPES, *KQUANTS}
-    return [p.name for p in plans if p.type in known and p.type != p.source_type and not (p.name in EMBEDDINGS and p.type in KQUANTS)]
+    return [p.name for p in plans if p.type in known and p.type != p.source_type and not (p.name in EMBEDDINGS and p.type in (T.Q8_0, *KQUANTS))]
 
 
 @dataclass(frozen=True)
