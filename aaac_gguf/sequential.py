@@ -168,7 +168,7 @@ class BlockMoments:
         """Go on to the next block."""
         self.held = None
         self.rows.clear()
-        if self.position < len(self.blocks) - 1:
+        if any(i > self.position for i, _ in self.place.values()):
             with torch.no_grad():
                 for batch in self.batches:
                     self.hidden[batch] = self._run(self.position, batch, self.hidden[batch])
