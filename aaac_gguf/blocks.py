@@ -38,7 +38,7 @@ class Blocks:
         self.on_disk: list[Any] = []  # its modules
         with torch.no_grad():
             if not self._agree(tokens):
-                self.layers = []
+                self.layers, self.held = [], -1
 
     def __len__(self) -> int:
         return len(self.layers) + 1
@@ -60,7 +60,8 @@ class Blocks:
         for module in self.on_disk:
             module._hf_hook.offload = True
             module._hf_hook.post_forward(module, None)
-        modules: Any = self.layers[i].modules() if i < len(self.layers) else ()
+        inside = {m for layer in self.layers for m in layer.modules()}
+        modules: Any = self.layers[i].modules() if i < len(self.layers) else [m for m in self.model.modules() if m not in inside]
         self.held, self.on_disk = i, [m for m in modules if hasattr(m, "_hf_hook") and m._hf_hook.offload]
         for module in self.on_disk:
             module._hf_hook.pre_forward(module)
@@ -101,7 +102,8 @@ class Blocks:
 
         def replacing(i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def replaced(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-                return instead(i, hidden_states, lambda hidden: forward(hidden, *args, **kwargs))  # type: ignore[misc]
+                assert instead
+                return instead(i, hidden_states, lambda hidden: forward(hidden, *args, **kwargs))
 
             return replaced
 

@@ -88,3 +88,16 @@ def test_blocks_stay_on_disk(name, tmp_path, monkeypatch):
         assert not torch.equal(streamed.run(0, tokens(), hidden), whole.run(0, tokens(), hidden))
         streamed.hold(1)
         assert torch.equal(streamed.run(0, tokens(), hidden), whole.run(0, tokens(), hidden))
+
+
+def test_a_model_on_disk_that_is_all_head_is_loaded_whole(tmp_path, monkeypatch):
+    random_model(CONFIGS["llama"]).to(torch.bfloat16).save_pretrained(tmp_path)
+    whole = checkpoint.load_model(tmp_path)
+    monkeypatch.setattr(checkpoint, "WEIGHTS_SHARE", 0)
+    agree = Blocks._agree
+    monkeypatch.setattr(Blocks, "_agree", lambda blocks, sequence: agree(blocks, sequence) and False)
+    blocks = Blocks(checkpoint.load_model(tmp_path, folder=tmp_path / "scratch"), tokens(1))
+    assert len(blocks) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(blocks.run(0, tokens(), blocks.embed(tokens())), whole(input_ids=tokens()).logits)
+    assert not any(p.is_meta for p in blocks.parameters(0).values())
