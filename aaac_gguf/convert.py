@@ -37,7 +37,7 @@ from .sequential import BlockMoments
 from .source import check_weights, full_precision, load_weight
 from .stock import STOCK_TYPES
 from .tensors import Encoder, Rounding, encode_stock
-from .writer import Journal, Shard, check_space, codecs_of, read_back, shards, write_shards
+from .writer import Journal, Shard, check_space, codecs_of, reader, shards, write_shards
 
 # general.file_type, what llama.cpp prints as the model's type. For AAAC types it is the type id, in the patch's llama_ftype too.
 FILE_TYPES = {
@@ -143,7 +143,7 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
                 fingerprint["types"] = plan_digest(plans)
             journal.start(fingerprint, layout)
             rounding = Rounding(settings.method, settings.device, settings.calibration.seed)
-            encoder = Encoder(file, plans, rounding, imatrix, quantized, moments, lambda name: read_back(layout, journal, name))
+            encoder = Encoder(file, plans, rounding, imatrix, quantized, moments, reader(layout, journal))
             write_shards(layout, journal, encoder)
     coverage = None
     if inputs.description["source"] != "none":

@@ -243,19 +243,25 @@ def check_space(out: Path, n_bytes: int, scratch_bytes: int, journal: Journal) -
         )
 
 
-def read_back(shards: Sequence[Shard], journal: Journal, name: str) -> tuple[NDArray[np.uint8], Record | None] | None:
-    """The data of a tensor that is written, uint8 [..., row bytes], and its record; None where the journal lacks it."""
-    if name not in journal.records:
-        return None
+def reader(shards: Sequence[Shard], journal: Journal) -> Callable[[str], tuple[NDArray[np.uint8], Record | None] | None]:
+    """What gives the data of a tensor that the interrupted run has written, uint8 [..., row bytes], and its record; None for others."""
+    places: dict[str, tuple[Path, TensorInfo, int]] = {}
     codecs = codecs_of([t for shard in shards for t in shard.tensors], {})
-    for shard in shards:
+    for shard in shards if journal.records else []:
         offset = len(shard.header(codecs))
         for tensor in shard.tensors:
-            if tensor.name == name:
-                data = np.fromfile(shard.partial, dtype=np.uint8, count=tensor.n_bytes, offset=offset)
-                return data.reshape(*tensor.shape[:-1], -1), journal.records[name]
+            if tensor.name in journal.records:
+                places[tensor.name] = shard.partial, tensor, offset
             offset += _padded(tensor, shard.metadata)
-    raise KeyError(name)
+
+    def read_back(name: str) -> tuple[NDArray[np.uint8], Record | None] | None:
+        if name not in places:
+            return None
+        path, tensor, offset = places[name]
+        data = np.fromfile(path, dtype=np.uint8, count=tensor.n_bytes, offset=offset)
+        return data.reshape(*tensor.shape[:-1], -1), journal.records[name]
+
+    return read_back
 
 
 def write_shards(shards: Sequence[Shard], journal: Journal, encode: Encode) -> None:
