@@ -45,6 +45,11 @@ def check(source: Path) -> dict[str, Any]:
     return config
 
 
+def stored_dtype(config: dict[str, Any]) -> str:
+    """The dtype that a config.json names, by either of its keys; empty if none."""
+    return str(config.get("dtype", config.get("torch_dtype", "")))
+
+
 def left_out(source: Path) -> str:
     """What of a source's model does not go into the file, in one line; empty if all does."""
     if not source.is_dir():
@@ -81,8 +86,7 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
 
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what is on disk, as it was told
-    stored = _read_json(source / "config.json")
-    bfloat16 = stored.get("dtype", stored.get("torch_dtype")) == "bfloat16" and any(
+    bfloat16 = stored_dtype(_read_json(source / "config.json")) == "bfloat16" and any(
         torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")
     )
     dtype = torch.float32 if device == "cpu" and (exact or not bfloat16) else "auto"

@@ -73,7 +73,7 @@ def full_precision(source: Path, scratch: Path, header_only: bool = False) -> It
         yield file
         return
     config = checkpoint.check(source)
-    dtype = str(config.get("dtype", config.get("torch_dtype", "")))
+    dtype = checkpoint.stored_dtype(config)
     scratch.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
         out = Path(folder) / "source.gguf"

@@ -94,15 +94,20 @@ def demo_gguf(demo_full: GgufFile) -> Path:
     return demo_full.path
 
 
-@pytest.fixture(scope="session")
-def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CUDA kernels on the host, behind the functions of cuda_host.cpp."""
+def host_library(source: str, folder: Path) -> ctypes.CDLL:
+    """A C++ file of the tests that includes CUDA kernels, compiled for the host in `folder`."""
     if not shutil.which("g++"):
         pytest.skip("g++ is not installed")
-    library = tmp_path_factory.mktemp("cuda") / "libcuda_host.so"
+    library = folder / "libhost.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{shipped('cuda_kernels')}"]
-    subprocess.run(["g++", *flags, "-o", library, request.config.rootpath / "tests" / "cuda_host.cpp"], check=True)
-    lib = ctypes.CDLL(str(library))
+    subprocess.run(["g++", *flags, "-o", library, Path(__file__).parent / source], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="session")
+def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels on the host, behind the functions of cuda_host.cpp."""
+    lib = host_library("cuda_host.cpp", tmp_path_factory.mktemp("cuda"))
     lib.q8_stride.restype = lib.q8_place.restype = ctypes.c_int64
     lib.q8_stride.argtypes = lib.q8_place.argtypes = [ctypes.c_int64]
     lib.launch_expression.restype = ctypes.c_bool

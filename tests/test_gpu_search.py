@@ -1,13 +1,12 @@
 """search.cu without a GPU: its kernels run on the host, one fiber per thread, against torch and against search.c."""
 
 import ctypes
-import shutil
-import subprocess
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from conftest import host_library
 from gguf import GGMLQuantizationType as T
 
 from aaac_gguf import feedback as module
@@ -17,7 +16,6 @@ from aaac_gguf.errors import AaacError
 from aaac_gguf.feedback import factor, feedback, feedback_on_steps, output_error
 from aaac_gguf.format import G16, G32, G128
 from aaac_gguf.kquants import KQUANTS
-from aaac_gguf.patch import shipped
 from aaac_gguf.quantize import quantize
 from aaac_gguf.stock import STOCK_TYPES
 
@@ -25,13 +23,8 @@ KERNELS = ("aaac_feed_back", "aaac_sweep")
 
 
 @pytest.fixture(scope="module")
-def lib(request, tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
-    library = tmp_path_factory.mktemp("search") / "libsearch_host.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{shipped('cuda_kernels')}"]
-    subprocess.run(["g++", *flags, "-o", library, request.config.rootpath / "tests" / "search_host.cpp"], check=True)
-    return ctypes.CDLL(str(library))
+def lib(tmp_path_factory):
+    return host_library("search_host.cpp", tmp_path_factory.mktemp("search"))
 
 
 def as_cupy_passes(argument):
