@@ -133,7 +133,7 @@ class Activations:
     def run(self, observer: Observer) -> None:
         """Fill `hidden`; the products of text go to the observer. The head runs on text only."""
         blocks, every, text = self.blocks, self.batches(len(self.sequences)), self.batches(self.n_text)
-        bar = tqdm(total=len(blocks) * len(every), desc="calibrating", disable=None, leave=False)
+        bar = tqdm(total=(len(blocks) - 1) * len(every) + len(text), desc="calibrating", disable=None, leave=False)
         with bar, torch.no_grad():
             for batch in every:
                 self.hidden[0, batch] = blocks.embed(self.sequences[batch])
