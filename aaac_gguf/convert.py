@@ -151,13 +151,14 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
         coverage = imatrix.coverage({p.name: p.n_weights for p in plans if p.name in quantized and p.type != T.Q8_0})
     by_name = {p.name: p for p in plans}
     records = {name: record for name, record in journal.records.items() if record}
+    n_tokens = inputs.description.get("tokens", 0)
     return Report(
         files=[shard.path for shard in layout],
         tensors=[TensorReport(by_name[name], r.relative_error, r.weighted_error) for name, r in records.items()],
         coverage=coverage,
         seconds=time.monotonic() - start,
         peak_bytes=1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
-        damped=[name for name, record in records.items() if record.damping > DAMPING],
+        damped=[name for name, r in records.items() if r.damping > DAMPING or (r.damping and n_tokens < by_name[name].shape[-1])],
         left_out=checkpoint.left_out(source),
     )
 

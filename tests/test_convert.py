@@ -225,6 +225,8 @@ def test_the_bundled_model(demo_full, tmp_path, capsys):
     assert convert(demo.MODEL, out, "--dry-run", *small) == 0
     planned = int(capsys.readouterr().out.splitlines()[-1].split()[1].replace(",", ""))
     assert convert(demo.MODEL, out, *small) == 0
+    few = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("calibrate on more tokens"))
+    assert few.count("blk.") == 28
     assert out.stat().st_size == planned
     assert [p.name for p in tmp_path.iterdir()] == ["demo.gguf"]
     file = gguf_io.read(out)
