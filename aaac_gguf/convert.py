@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import torch
@@ -36,6 +36,7 @@ from .quantize import Method
 from .sequential import BlockMoments
 from .source import check_weights, full_precision, load_weight
 from .stock import STOCK_TYPES
+from .synthetic import N_TOKENS, SyntheticMoments
 from .tensors import Encoder, Rounding, encode_stock
 from .writer import Journal, Shard, check_space, codecs_of, reader, shards, write_shards
 
@@ -79,9 +80,11 @@ class Settings:
     bpw: float | None = None  # mixed precision: bits per weight of all tensor data together, at most
     size: int | None = None  # the same as bytes of all files together
 
-    def feeds_back(self, inputs: Inputs) -> bool:
-        """Error feedback needs second moments, and those a model that runs."""
-        return self.feedback and self.method == "aaac" and inputs.description["source"] in ("self", "text")
+    def moments(self, inputs: Inputs) -> Literal["measured", "synthetic", "none"]:
+        """Where error feedback has its second moments from: a model that runs, or else the weights and what importance there is."""
+        if not self.feedback or self.method != "aaac":
+            return "none"
+        return "measured" if inputs.description["source"] in ("self", "text") else "synthetic"
 
     @property
     def mixes(self) -> bool:
@@ -143,7 +146,10 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
                 fingerprint["types"] = plan_digest(plans)
             journal.start(fingerprint, layout)
             rounding = Rounding(settings.method, settings.device, settings.calibration.seed)
-            encoder = Encoder(file, plans, rounding, imatrix, quantized, moments, reader(layout, journal))
+            synthetic = None
+            if quantized and settings.moments(inputs) == "synthetic":
+                synthetic = SyntheticMoments(file, imatrix, settings.device, settings.calibration.seed)
+            encoder = Encoder(file, plans, rounding, imatrix, quantized, moments, synthetic, reader(layout, journal))
             write_shards(layout, journal, encoder)
     coverage = None
     if inputs.description["source"] != "none":
@@ -151,7 +157,7 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
         coverage = imatrix.coverage({p.name: p.n_weights for p in plans if p.name in quantized and p.type != T.Q8_0})
     by_name = {p.name: p for p in plans}
     records = {name: record for name, record in journal.records.items() if record}
-    n_tokens = inputs.description.get("tokens", 0)
+    n_tokens = inputs.description["tokens"] if settings.moments(inputs) == "measured" else N_TOKENS
     return Report(
         files=[shard.path for shard in layout],
         tensors=[TensorReport(by_name[name], r.relative_error, r.weighted_error) for name, r in records.items()],
@@ -233,7 +239,7 @@ def outline(source: Path, header: GgufFile, settings: Settings) -> tuple[list[Te
     plans = make_plan(header, settings.type, settings.overrides, settings.embedding)
     quantized = searched(plans)
     inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
-    if settings.mixes and not settings.feeds_back(inputs):
+    if settings.mixes and settings.moments(inputs) != "measured":
         raise AaacError("--bpw and --size: choose types by second moments; give a Hugging Face folder, with --calib TEXT or self and feedback")
     return plans, quantized, inputs
 
@@ -263,7 +269,7 @@ def scratch_bytes(source: Path, header: GgufFile, settings: Settings, inputs: In
     """What a conversion needs on disk beside its output: a folder's weights as GGUF, and for feedback activations and gradients of every block."""
     if not source.is_dir():
         return 0
-    if not settings.feeds_back(inputs):
+    if settings.moments(inputs) != "measured":
         return header.n_bytes
     n_blocks, width = (int(header.get(f"{header.architecture}.{key}", 0)) for key in ("block_count", "embedding_length"))
     n_tokens = int(inputs.description["tokens"] * (1 + RANDOM_SHARE))
@@ -286,7 +292,7 @@ def measure(
     tokens = inputs.tokens
     if tokens is None:
         tokens = calibrate.self_tokens(model, calibration.n_sequences, calibration.sequence_length, calibration.seed)
-    if not settings.feeds_back(inputs):
+    if settings.moments(inputs) != "measured":
         return calibrate.importance(model, tokens, file.architecture, file.tensors, calibration.source), None
     vocab_size = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)
     sequences, weights = with_random(tokens, vocab_size, calibration.seed)
@@ -313,7 +319,7 @@ def output_metadata(file: GgufFile, settings: Settings, inputs: Inputs, quantize
     metadata["general.file_type"] = Value(int(FILE_TYPES[settings.type]), GGUFValueType.UINT32)
     metadata["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
     if quantized:
-        description = {**inputs.description, "method": settings.method, "feedback": settings.feeds_back(inputs)}
+        description = {**inputs.description, "method": settings.method, "feedback": settings.moments(inputs)}
         metadata[fmt.KEY_QUANTIZER] = Value(f"aaac-gguf {__version__}", GGUFValueType.STRING)
         metadata[fmt.KEY_CALIBRATION] = Value(json.dumps(description), GGUFValueType.STRING)
     return metadata

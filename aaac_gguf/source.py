@@ -100,6 +100,7 @@ def _stored(file: GgufFile, name: str) -> torch.Tensor:
     return data.view(torch.bfloat16) if tensor.tensor_type == T.BF16 else data
 
 
-def load_weight(file: GgufFile, name: str, device: str) -> torch.Tensor:
-    """Float32 weights [..., K] of a full-precision tensor on `device`."""
-    return _stored(file, name).to(device).float()
+def load_weight(file: GgufFile, name: str, device: str, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Float32 weights [..., K] of a full-precision tensor on `device`, or only of its `rows`, int64 [n]."""
+    stored = _stored(file, name)
+    return (stored if rows is None else stored[rows]).to(device).float()

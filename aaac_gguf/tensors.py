@@ -22,6 +22,7 @@ from .plan import TensorPlan
 from .quantize import Method, quantize, quantizer_type
 from .sequential import BlockMoments
 from .source import load_weight
+from .synthetic import SyntheticMoments
 from .writer import Record
 
 
@@ -52,11 +53,15 @@ class Encoder:
         imatrix: Imatrix,
         searched: Collection[str],
         moments: BlockMoments | None,
+        synthetic: SyntheticMoments | None,
         written: Callable[[str], tuple[NDArray[np.uint8], Record | None] | None],
     ):
-        """searched: the tensors for which `imatrix` counts; written: what an interrupted run has finished of a tensor, if it has."""
+        """searched: the tensors for which `imatrix` counts, and `synthetic` moments where none are measured.
+
+        written: what an interrupted run has finished of a tensor, if it has.
+        """
         self.file, self.plans, self.rounding, self.imatrix = file, {p.name: p for p in plans}, rounding, imatrix
-        self.searched, self.moments, self.written = set(searched), moments, written
+        self.searched, self.moments, self.synthetic, self.written = set(searched), moments, synthetic, written
         self.ready: dict[str, tuple[Any, Record | None]] = {}
 
     def __call__(self, info: TensorInfo) -> tuple[Any, Record | None]:
@@ -90,6 +95,8 @@ class Encoder:
             return self.file.tensors[plan.name].data, None
         weight = load_weight(self.file, plan.name, self.rounding.device)
         self.file.release()  # most often `weight` is a copy
+        if not seen and self.synthetic and plan.name in self.searched and plan.type != T.Q8_0:
+            seen = self.synthetic.of(plan.name)
         # Importance changes next to nothing from 5 bits up, and Q4_0's own rounding may turn a block's sign round, which the search does not.
         if plan.name not in self.searched or (not seen and plan.type in (T.Q8_0, T.Q4_0, *KQUANTS)):
             return encode_stock(weight, plan.type), None
