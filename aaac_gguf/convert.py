@@ -147,7 +147,7 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
             journal.start(fingerprint, layout)
             rounding = Rounding(settings.method, settings.device, settings.calibration.seed)
             synthetic = None
-            if quantized and settings.moments(inputs) == "synthetic":
+            if quantized and settings.moments(inputs) == "synthetic" and "token_embd.weight" in file.tensors:
                 synthetic = SyntheticMoments(file, imatrix, settings.device, settings.calibration.seed)
             encoder = Encoder(file, plans, rounding, imatrix, quantized, moments, synthetic, reader(layout, journal))
             write_shards(layout, journal, encoder)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
@@ -29,8 +30,10 @@ from aaac_gguf import format as fmt
 from aaac_gguf.blocks import Blocks
 from aaac_gguf.encode import Grid, decode
 from aaac_gguf.feedback import factor, feedback
+from aaac_gguf.imatrix import Entry, Imatrix
 from aaac_gguf.quantize import quantize, quantizer_type
 from aaac_gguf.sequential import BlockMoments
+from aaac_gguf.synthetic import SyntheticMoments
 
 CONTEXT = 512
 IQ4_NL = torch.tensor(codebook._IQ4_NL, dtype=torch.float32)
@@ -40,10 +43,11 @@ FP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3, 4, 
 
 @dataclass
 class Layer:
-    """One matrix: its weight [N, K] and its moments."""
+    """One matrix: its weight [N, K], its moments, and what its inputs' moments are by weights and importance alone."""
 
     weight: Tensor
     moments: hessian.Moments
+    synthetic: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:
@@ -233,6 +237,7 @@ def ours(ggml_type: T, mode: str) -> Method:
         given: dict[str, Any] = {
             "paper": {"importance": layer.importance, "method": "paper"},
             "importance": {"importance": layer.importance},
+            "synthetic": {"importance": layer.importance, "hessian": layer.synthetic},
             "columns": {"hessian": layer.moments.inputs},
             "columns and rows": {"hessian": layer.moments.inputs, "outputs": layer.moments.outputs},
         }[mode]
@@ -254,6 +259,7 @@ def rows() -> Iterator[Row]:
         yield Row(f"{name} g16, feedback", 4.4375, with_feedback(table), in_sequence=True)
     for name, qtype in fmt.TYPES.items():
         yield Row(f"{name}, importance", qtype.bits_per_weight, ours(T[name], "importance"))
+        yield Row(f"{name}, synthetic", qtype.bits_per_weight, ours(T[name], "synthetic"))
         yield Row(f"{name}, columns", qtype.bits_per_weight, ours(T[name], "columns"))
         yield Row(f"{name}, columns and rows", qtype.bits_per_weight, ours(T[name], "columns and rows"))
         yield Row(name, qtype.bits_per_weight, ours(T[name], "columns and rows"), in_sequence=True)
@@ -375,6 +381,11 @@ def main() -> None:
         for name in sorted(calibration.place, key=calibration.place.__getitem__):
             weight = convert.load_weight(file, name, "cpu")
             layers[name] = Layer(weight, calibration.of(name))
+        imatrix = Imatrix({name: Entry(layer.importance[None].numpy(), np.ones(1, np.float32)) for name, layer in layers.items()})
+        synthetic = SyntheticMoments(file, imatrix, seed=args.seed)
+        for name, layer in layers.items():
+            moments = synthetic.of(name)
+            layer.synthetic = moments.inputs if moments else None
         calibration_seconds = time.monotonic() - start
         stock = [stock_row(*item.split("=", 1), layers) for item in args.stock]
         for row in (*stock, *rows()):

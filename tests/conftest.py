@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -29,10 +30,12 @@ def random_codec(rng: np.random.Generator, m: int = 3) -> fmt.Codec:
     return fmt.Codec(books.astype(np.int8), float(np.float32(rng.uniform(1e-4, 1e-2))), m)
 
 
-def write_source(path: Path, tensors: dict[str, np.ndarray]) -> Path:
-    """A full-precision GGUF of no real model: enough for everything that does not run it."""
-    writer = gguf.GGUFWriter(path, "llama")
+def write_source(path: Path, tensors: dict[str, np.ndarray], architecture: str = "llama", settings: Mapping[str, int | float] | None = None) -> Path:
+    """A full-precision GGUF of no real model: enough for everything that does not run it. settings: numbers of the architecture's metadata."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("made by a test")
+    for key, value in (settings or {}).items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{architecture}.{key}", value)
     writer.add_block_count(1)
     writer.add_token_list(["a", "bc", "d"])
     for name, values in tensors.items():

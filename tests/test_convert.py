@@ -31,7 +31,7 @@ def test_a_gguf_becomes_aaac(source, tmp_path, capsys):
     assert set(file.codecs) == {"blk.0.attn_q.weight", "blk.0.ffn_down.weight"}
     assert file.get("general.name") == "made by a test"
     assert file.get("tokenizer.ggml.tokens") == ["a", "bc", "d"]
-    assert json.loads(file.get(fmt.KEY_CALIBRATION)) == {"source": "none", "method": "aaac", "feedback": False}
+    assert json.loads(file.get(fmt.KEY_CALIBRATION)) == {"source": "none", "method": "aaac", "feedback": "synthetic"}
     for name in full.tensors:
         error = np.square(file.load(name) - full.load(name)).sum() / np.square(full.load(name)).sum()
         assert error < 0.006, name
@@ -68,7 +68,7 @@ def test_importance_moves_the_error(source, tmp_path, capsys):
 
 def test_stock_types_are_ordinary_files(source, tmp_path):
     """The stock gguf library reads and decodes them."""
-    assert convert(source, tmp_path / "out.gguf", "--type", "IQ4_NL", "--tensor-type", "attn_q=Q4_0") == 0
+    assert convert(source, tmp_path / "out.gguf", "--type", "IQ4_NL", "--tensor-type", "attn_q=Q4_0", "--no-feedback") == 0
     file, full = gguf.GGUFReader(tmp_path / "out.gguf"), gguf_io.read(source)
     tensors = {t.name: t for t in file.tensors}
     assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "IQ4_NL"
@@ -232,7 +232,7 @@ def test_the_bundled_model(demo_full, tmp_path, capsys):
     file = gguf_io.read(out)
     assert len(file.codecs) == 28
     assert file.tensors["token_embd.weight"].tensor_type.name == "Q6_K"
-    described = {"source": "self", "seed": 0, "tokens": 64, "sequence_length": 32, "method": "aaac", "feedback": True}
+    described = {"source": "self", "seed": 0, "tokens": 64, "sequence_length": 32, "method": "aaac", "feedback": "measured"}
     assert json.loads(file.get(fmt.KEY_CALIBRATION)) == described
     for name in file.codecs:
         expected = demo_full.load(name)

@@ -54,7 +54,7 @@ def encoder(file, moments, written):
     plans = plan.make_plan(file, T["AAAC4_G16"])
     names = [p.name for p in plans if p.type == T["AAAC4_G16"]]
     assert sorted(names) == [Q, DOWN]
-    return Encoder(file, plans, Rounding("aaac", "cpu", 0), Imatrix({}), names, moments, written), plans
+    return Encoder(file, plans, Rounding("aaac", "cpu", 0), Imatrix({}), names, moments, None, written), plans
 
 
 def test_a_block_is_quantized_in_the_order_of_its_products(file):
