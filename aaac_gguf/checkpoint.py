@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder: checked before anything slow starts, loaded through transformers, its parameters named as in GGUF."""
+"""What transformers runs, a Hugging Face checkpoint folder or a GGUF: checked before anything slow starts, its parameters named as in GGUF."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import gguf
 
 from .blocks import block_list
 from .errors import AaacError
+from .gguf_io import read_model
 
 
 def check(source: Path) -> dict[str, Any]:
@@ -76,30 +77,49 @@ WEIGHTS_SHARE = 0.5
 
 
 def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Path | None = None) -> Any:
-    """The causal language model in evaluation mode: float32 on a CPU, the checkpoint's own dtype on a GPU.
+    """The causal language model of a folder or of a GGUF file in evaluation mode: float32 on a CPU, the weights' own dtype on a GPU.
 
     Unless `exact`, a CPU that multiplies bfloat16 numbers runs a bfloat16 checkpoint as it is, in half the time. With a `folder` the blocks of a
-    model that would take more than WEIGHTS_SHARE of the device's memory stay on disk, most in the checkpoint itself, and are loaded as they run.
+    model that would take more than WEIGHTS_SHARE of the device's memory stay on disk, most in the checkpoint itself, and are loaded as they run; a
+    GGUF's never do. Raises AaacError for what transformers cannot load.
     """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what is on disk, as it was told
-    bfloat16 = stored_dtype(_read_json(source / "config.json")) == "bfloat16" and any(
-        torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")
-    )
-    dtype = torch.float32 if device == "cpu" and (exact or not bfloat16) else "auto"
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would rather have a GGUF in float32
+    stored = _gguf_dtype(source) if source.is_file() else stored_dtype(_read_json(source / "config.json"))
+    multiplies = stored == "bfloat16" and any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+    dtype = "float32" if device == "cpu" and (exact or not multiplies) else stored if source.is_file() else "auto"
     try:
-        where = {"device_map": _device_map(source, device, dtype), "offload_folder": folder} if folder else {}
+        where = {"device_map": _device_map(source, device, dtype), "offload_folder": folder} if folder and source.is_dir() else {}
         # Experts one product at a time, so that each product's input can be seen.
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, experts_implementation="eager", **where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**_place(source), dtype=dtype, experts_implementation="eager", **where)
     except Exception as e:  # transformers raises whatever the model's own code raises
         raise AaacError(f"{source}: transformers cannot load it ({one_line(e)}); calibrate with --imatrix, or --calib none") from None
     return (model if hasattr(model, "hf_device_map") else model.to(device)).eval()
 
 
-def _device_map(source: Path, device: str, dtype: Any) -> dict[str, str] | None:
+def _place(source: Path) -> dict[str, Any]:
+    """How transformers wants to be told of a folder or of a GGUF file."""
+    folder, name = (source.parent, source.name) if source.is_file() else (source, None)
+    return {"pretrained_model_name_or_path": folder, "gguf_file": name}
+
+
+def _gguf_dtype(source: Path) -> str:
+    """The dtype of most of a GGUF's weights. Raises AaacError for split files, and for models that memory does not hold in float32."""
+    file = read_model(source)
+    if len(file.maps) > 1:
+        raise AaacError(f"{source}: transformers runs no split files; join them with llama-gguf-split --merge, or calibrate with --imatrix")
+    sizes = {kind: sum(int(t.n_elements) for t in file.tensors.values() if t.tensor_type.name == kind) for kind in ("F32", "F16", "BF16")}
+    needed = 4 * sum(sizes.values())
+    if needed > _memory():
+        raise AaacError(f"{source}: to run it takes {needed / 2**30:.0f} GiB of memory; give the Hugging Face folder, or calibrate with --imatrix")
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[max(sizes, key=lambda kind: sizes[kind])]
+
+
+def _device_map(source: Path, device: str, dtype: str) -> dict[str, str] | None:
     """Where accelerate shall keep what; None for all on the device."""
     import torch
     import transformers
@@ -107,8 +127,8 @@ def _device_map(source: Path, device: str, dtype: Any) -> dict[str, str] | None:
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_config(config)
-    itemsize = 4 if dtype == torch.float32 else 2
-    memory = torch.cuda.mem_get_info()[1] if device != "cpu" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    itemsize = 4 if dtype == "float32" else 2
+    memory = torch.cuda.mem_get_info()[1] if device != "cpu" else _memory()
     if itemsize * sum(p.numel() for p in model.parameters()) <= WEIGHTS_SHARE * memory:
         return None
     blocks = block_list(model)
@@ -117,11 +137,16 @@ def _device_map(source: Path, device: str, dtype: Any) -> dict[str, str] | None:
     return {**{name: device for name in inside if name not in around}, **dict.fromkeys(around[-1:], "disk")}
 
 
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def load_tokenizer(source: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(**_place(source))
     except Exception as e:
         raise AaacError(f"{source}: transformers cannot load the tokenizer ({one_line(e)}); calibrate with --calib self or --imatrix") from None
 

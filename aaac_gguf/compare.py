@@ -79,8 +79,6 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
         raise AaacError("--text: two texts of the same name; rename one")
     if not source.is_file():
         checkpoint.check(source)
-    elif not options.texts:
-        raise AaacError(f"{source}: a GGUF file cannot be sampled here; give --text")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as e:

@@ -240,7 +240,7 @@ def outline(source: Path, header: GgufFile, settings: Settings) -> tuple[list[Te
     quantized = searched(plans)
     inputs = prepare(source, header, settings.calibration) if quantized else Inputs({"source": "none"})
     if settings.mixes and settings.moments(inputs) != "measured":
-        raise AaacError("--bpw and --size: choose types by second moments; give a Hugging Face folder, with --calib TEXT or self and feedback")
+        raise AaacError("--bpw and --size: choose types by measured second moments; give --calib TEXT or --calib self, without --no-feedback")
     return plans, quantized, inputs
 
 
@@ -253,10 +253,6 @@ def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
         return Inputs({**description, "tokens": imatrix.n_chunks * imatrix.chunk_size}, imatrix=imatrix)
     if calibration.source == "none":
         return Inputs({"source": "none"})
-    if source.is_file():
-        raise AaacError(
-            f"--calib {calibration.source}: needs a Hugging Face folder to run, and {source} is a GGUF file; use --imatrix, or --calib none"
-        )
     n, length = calibration.n_sequences, calibration.sequence_length
     if calibration.source == "self":
         return Inputs({"source": "self", "seed": calibration.seed, "tokens": n * length, "sequence_length": length})
@@ -266,14 +262,13 @@ def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
 
 
 def scratch_bytes(source: Path, header: GgufFile, settings: Settings, inputs: Inputs) -> int:
-    """What a conversion needs on disk beside its output: a folder's weights as GGUF, and for feedback activations and gradients of every block."""
-    if not source.is_dir():
-        return 0
+    """What a conversion needs on disk beside its output: a folder's weights as GGUF, and activations and gradients to measure moments."""
+    weights = header.n_bytes if source.is_dir() else 0
     if settings.moments(inputs) != "measured":
-        return header.n_bytes
+        return weights
     n_blocks, width = (int(header.get(f"{header.architecture}.{key}", 0)) for key in ("block_count", "embedding_length"))
     n_tokens = int(inputs.description["tokens"] * (1 + RANDOM_SHARE))
-    return header.n_bytes + 4 * (2 * (n_blocks + 1) + 1) * n_tokens * width
+    return weights + 4 * (2 * (n_blocks + 1) + 1) * n_tokens * width
 
 
 def measure(
@@ -288,6 +283,7 @@ def measure(
     if inputs.description["source"] == "none":
         return Imatrix({}), None
     calibration = settings.calibration
+    folder.mkdir(exist_ok=True)
     model = checkpoint.load_model(source, settings.device, exact=False, folder=folder)
     tokens = inputs.tokens
     if tokens is None:

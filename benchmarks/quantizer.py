@@ -62,7 +62,7 @@ def main() -> None:
         write_importance(imatrix, args.shape)
         ours = [sys.executable, "-m", "aaac_gguf", "convert", str(source), "-o", out, "--imatrix", str(imatrix)]
         stock = [str(llama.tool("llama-quantize")), "--imatrix", str(imatrix), "--token-embedding-type", "q6_K", "--pure", str(source), out]
-        commands = {"aaac-gguf convert, AAAC4_G16": ours}
+        commands = {"aaac-gguf convert, AAAC4_G16": ours, "the same, --no-feedback": [*ours, "--no-feedback"]}
         if not args.only_convert:
             commands["llama-quantize, IQ4_NL"] = [*stock, "IQ4_NL", str(args.threads)]
         for _ in range(args.rounds):

@@ -51,12 +51,6 @@ def test_a_source_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gguf_needs_a_text(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["compare", str(source)]) == 2
-    assert "cannot be sampled here; give --text" in capsys.readouterr().err
-
-
 def test_tables(result):
     text = report.comparison_text(result)
     for cell in ("4,500,000", "12.0 s", "100.0 ± 1.0", "50.0 ± 0.5", "36.000 ± 0.400", "0.00400 ± 0.00040", "0.0400", "0.0800", "1.50 %", "96.00 %"):

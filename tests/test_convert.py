@@ -171,6 +171,34 @@ def test_bad_sources(tmp_path, capsys, prepare, words):
     assert not [p for p in tmp_path.iterdir() if p.name != "model"]
 
 
+@pytest.mark.parametrize("stored", ["BF16", "F16"])
+def test_a_gguf_is_calibrated_like_its_folder(demo_gguf, tmp_path, stored):
+    """To the same bytes, by tokens that the model writes itself: transformers runs both, in the dtype of the weights or in float32."""
+    self_calibration = ("--calib", "self", "--calib-sequences", 1, "--calib-length", 32)
+    source = demo_gguf
+    if stored == "F16":
+        source = tmp_path / "f16.gguf"
+        assert convert(demo_gguf, source, "--type", "F16") == 0
+    assert convert(source, tmp_path / "file.gguf", *self_calibration) == 0
+    file = gguf_io.read(tmp_path / "file.gguf")
+    assert json.loads(file.get(fmt.KEY_CALIBRATION))["feedback"] == "measured"
+    if stored == "BF16":
+        assert convert(demo.MODEL, tmp_path / "folder.gguf", *self_calibration) == 0
+        for name, tensor in gguf_io.read(tmp_path / "folder.gguf").tensors.items():
+            np.testing.assert_array_equal(file.tensors[name].data, tensor.data)
+
+
+def test_a_gguf_that_cannot_be_run(demo_gguf, llama_source, tmp_path, capsys, monkeypatch):
+    assert convert(demo.MODEL, tmp_path / "part.gguf", "--type", "BF16", "--calib", "none", "--split-max-size", "4M") == 0
+    before = sorted(tmp_path.iterdir())
+    assert convert(before[0], tmp_path / "out.gguf", "--calib", "self", "--calib-sequences", 1) == 2
+    assert "runs no split files; join them with llama-gguf-split --merge" in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "_memory", lambda: 10**6)
+    assert convert(demo_gguf, tmp_path / "out.gguf", "--calib", "self", "--calib-sequences", 1) == 2
+    assert "to run it takes 0 GiB of memory; give the Hugging Face folder" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_unknown_architecture_fails_before_the_weights_are_read(tmp_path, capsys, llama_source):
     assert convert(folder(tmp_path, architectures=["NoSuchForCausalLM"]), tmp_path / "out.gguf") == 2
     err = capsys.readouterr().err
@@ -182,7 +210,7 @@ def test_unknown_architecture_fails_before_the_weights_are_read(tmp_path, capsys
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--calib", "self"], "needs a Hugging Face folder to run"),
+        (["--calib", "self"], "transformers cannot load it"),
         (["--calib", "none", "--imatrix", "x"], "--calib and --imatrix: give one of them"),
         (["--imatrix", "/nonexistent"], "--imatrix /nonexistent: no such file"),
         (["--type", "Q9"], "--type Q9: unknown type"),

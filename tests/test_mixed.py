@@ -113,7 +113,7 @@ def test_convert_keeps_the_budget(llama_source, tmp_path, capsys):
     ("args", "message"),
     [
         (["--bpw", "5", "--size", "1G"], "--bpw and --size: give one of them"),
-        (["--bpw", "5"], "--bpw and --size: choose types by second moments"),
+        (["--bpw", "5"], "--bpw and --size: choose types by measured second moments"),
         (["--size", "5K"], "give a number of M, G, MiB or GiB"),
         (["--bpw", "99"], "is not a number of bits per weight"),
     ],

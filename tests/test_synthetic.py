@@ -202,8 +202,38 @@ def test_nothing_is_said_of_what_is_unknown(tensors, synthetic, rng):
     assert found.of("blk.1.attn_output.weight") is None
     assert found.of("blk.1.ffn_up.weight") is not None
     assert found.of("output.weight").inputs.shape == (D, D)
+    assert list(found.inputs) == ["output.weight"]  # memory is that of one block
     with pytest.raises(ValueError, match="block 0 has gone by"):
         found.of("blk.0.attn_q.weight")
+
+
+def test_matrices_of_other_widths_are_left_alone(tensors, synthetic, rng):
+    """Low-rank projections and the like: they have the names, and neither read nor write the residual stream."""
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    tensors["blk.0.attn_q.weight"] = normal(D, D // 2)
+    tensors["blk.0.attn_output.weight"] = normal(D // 2, D)
+    tensors["blk.0.ffn_down.weight"] = normal(2 * D, FF)
+    tensors["blk.1.attn_v.weight"] = normal(2 * HEAD, D // 2)
+    found = synthetic()
+    for stem in ("attn_q", "attn_output", "ffn_down", "ffn_up"):
+        assert found.of(f"blk.0.{stem}.weight") is None, stem
+    x = rms(drawn_embeddings(tensors)) * weight(tensors, "blk.1.attn_norm.weight")
+    torch.testing.assert_close(found.of("blk.1.attn_q.weight").inputs, moments_of(x))
+    assert found.of("blk.1.attn_output.weight") is None
+
+
+def test_every_block_may_have_its_own_number_of_groups(tensors, tmp_path, monkeypatch):
+    """One embedding for all tokens again. Block 1 has one group, of two heads that are twice as wide."""
+    tensors["token_embd.weight"][:] = tensors["token_embd.weight"][:1]
+    file = gguf_io.read(write_source(tmp_path / "model.gguf", tensors, settings={"attention.head_count": 4}))
+    get = type(file).get
+    monkeypatch.setattr(type(file), "get", lambda self, key, default=None: [2, 1] if key.endswith("head_count_kv") else get(self, key, default))
+    found = SyntheticMoments(file, Imatrix({}))
+    for block, order in ((0, [0, 0, 1, 1]), (1, [0, 1, 0, 1])):
+        h = found.of(f"blk.{block}.attn_output.weight").inputs.diagonal().view(4, HEAD)
+        assert not torch.allclose(h[order.index(0)], h[order.index(1)], rtol=0.01)
+        for head, value in enumerate(order):
+            torch.testing.assert_close(h[head], h[order.index(value)], rtol=1e-3, atol=1e-3)
 
 
 def test_the_seed_decides(tensors, tmp_path):
