@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -36,7 +37,7 @@ from .quantize import Method
 from .sequential import BlockMoments
 from .source import check_weights, full_precision, load_weight
 from .stock import STOCK_TYPES
-from .synthetic import N_TOKENS, SyntheticMoments
+from .synthetic import SyntheticMoments
 from .tensors import Encoder, Rounding, encode_stock
 from .writer import Journal, Shard, check_space, codecs_of, reader, shards, write_shards
 
@@ -157,14 +158,14 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
         coverage = imatrix.coverage({p.name: p.n_weights for p in plans if p.name in quantized and p.type != T.Q8_0})
     by_name = {p.name: p for p in plans}
     records = {name: record for name, record in journal.records.items() if record}
-    n_tokens = inputs.description["tokens"] if settings.moments(inputs) == "measured" else N_TOKENS
+    few = inputs.description["tokens"] if settings.moments(inputs) == "measured" else math.inf  # synthetic moments allow for it
     return Report(
         files=[shard.path for shard in layout],
         tensors=[TensorReport(by_name[name], r.relative_error, r.weighted_error) for name, r in records.items()],
         coverage=coverage,
         seconds=time.monotonic() - start,
         peak_bytes=1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
-        damped=[name for name, r in records.items() if r.damping > DAMPING or (r.damping and n_tokens < by_name[name].shape[-1])],
+        damped=[name for name, r in records.items() if r.damping > DAMPING or (r.damping and few < by_name[name].shape[-1])],
         left_out=checkpoint.left_out(source),
     )
 

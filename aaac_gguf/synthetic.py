@@ -21,7 +21,7 @@ from .imatrix import Imatrix
 from .source import load_weight
 
 N_TOKENS = 8192
-DOUBT = 0.1  # the share of every correlation that is not believed
+DOUBT = 0.05  # the share of every correlation that would not be believed of any number of tokens
 ATTENDED, SCORE_DEVIATION = 8, 4.0  # every head sees so many tokens, with the softmax of normal scores
 
 _NORM_EPSILON = 1e-5
@@ -66,7 +66,7 @@ class SyntheticMoments:
         x = self.inputs[name]
         moments = x.T @ x / len(x)
         diagonal = moments.diagonal().clone()
-        moments *= 1 - DOUBT
+        moments *= (1 - DOUBT) * len(x) / sum(x.shape)  # as if as many tokens as there are channels had shown no correlation at all
         moments.diagonal().copy_(diagonal)
         return Moments(moments, None)
 

@@ -54,8 +54,10 @@ def rms(x):
 
 
 def moments_of(x):
+    """Of float32 [n, K], any n: its rows stand for all tokens."""
     h = x.T @ x / len(x)
-    return torch.where(torch.eye(len(h), dtype=torch.bool), h, (1 - DOUBT) * h)
+    believed = (1 - DOUBT) * N_TOKENS / (N_TOKENS + len(h))
+    return torch.where(torch.eye(len(h), dtype=torch.bool), h, believed * h)
 
 
 def drawn_embeddings(tensors):
