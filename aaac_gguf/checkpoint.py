@@ -89,7 +89,7 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what is on disk, as it was told
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would rather have a GGUF in float32
-    stored = _gguf_dtype(source) if source.is_file() else stored_dtype(_read_json(source / "config.json"))
+    stored = check_gguf(source) if source.is_file() else stored_dtype(_read_json(source / "config.json"))
     multiplies = stored == "bfloat16" and any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
     dtype = "float32" if device == "cpu" and (exact or not multiplies) else stored if source.is_file() else "auto"
     try:
@@ -97,8 +97,12 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
         # Experts one product at a time, so that each product's input can be seen.
         model = transformers.AutoModelForCausalLM.from_pretrained(**_place(source), dtype=dtype, experts_implementation="eager", **where)
     except Exception as e:  # transformers raises whatever the model's own code raises
-        raise AaacError(f"{source}: transformers cannot load it ({one_line(e)}); calibrate with --imatrix, or --calib none") from None
+        raise _cannot_load(source, e) from None
     return (model if hasattr(model, "hf_device_map") else model.to(device)).eval()
+
+
+def _cannot_load(source: Path, error: Exception) -> AaacError:
+    return AaacError(f"{source}: transformers cannot load it ({one_line(error)}); calibrate with --imatrix, or --calib none")
 
 
 def _place(source: Path) -> dict[str, Any]:
@@ -107,8 +111,11 @@ def _place(source: Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": folder, "gguf_file": name}
 
 
-def _gguf_dtype(source: Path) -> str:
-    """The dtype of most of a GGUF's weights. Raises AaacError for split files, and for models that memory does not hold in float32."""
+def check_gguf(source: Path) -> str:
+    """The dtype of most of a GGUF's weights. Raises AaacError for what transformers cannot run: split files, architectures that it does not read, and
+    models that memory does not hold in float32."""
+    import transformers
+
     file = read_model(source)
     if len(file.maps) > 1:
         raise AaacError(f"{source}: transformers runs no split files; join them with llama-gguf-split --merge, or calibrate with --imatrix")
@@ -116,6 +123,10 @@ def _gguf_dtype(source: Path) -> str:
     needed = 4 * sum(sizes.values())
     if needed > _memory():
         raise AaacError(f"{source}: to run it takes {needed / 2**30:.0f} GiB of memory; give the Hugging Face folder, or calibrate with --imatrix")
+    try:
+        transformers.AutoConfig.from_pretrained(**_place(source))
+    except Exception as e:
+        raise _cannot_load(source, e) from None
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[max(sizes, key=lambda kind: sizes[kind])]
 
 

@@ -158,14 +158,14 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
         coverage = imatrix.coverage({p.name: p.n_weights for p in plans if p.name in quantized and p.type != T.Q8_0})
     by_name = {p.name: p for p in plans}
     records = {name: record for name, record in journal.records.items() if record}
-    few = inputs.description["tokens"] if settings.moments(inputs) == "measured" else math.inf  # synthetic moments allow for it
+    n_tokens = inputs.description["tokens"] if settings.moments(inputs) == "measured" else math.inf  # synthetic moments allow for few
     return Report(
         files=[shard.path for shard in layout],
         tensors=[TensorReport(by_name[name], r.relative_error, r.weighted_error) for name, r in records.items()],
         coverage=coverage,
         seconds=time.monotonic() - start,
         peak_bytes=1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
-        damped=[name for name, r in records.items() if r.damping > DAMPING or (r.damping and few < by_name[name].shape[-1])],
+        damped=[name for name, r in records.items() if r.damping > DAMPING or (r.damping and n_tokens < by_name[name].shape[-1])],
         left_out=checkpoint.left_out(source),
     )
 
@@ -254,6 +254,8 @@ def prepare(source: Path, header: GgufFile, calibration: Calibration) -> Inputs:
         return Inputs({**description, "tokens": imatrix.n_chunks * imatrix.chunk_size}, imatrix=imatrix)
     if calibration.source == "none":
         return Inputs({"source": "none"})
+    if source.is_file():
+        checkpoint.check_gguf(source)
     n, length = calibration.n_sequences, calibration.sequence_length
     if calibration.source == "self":
         return Inputs({"source": "self", "seed": calibration.seed, "tokens": n * length, "sequence_length": length})

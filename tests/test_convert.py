@@ -199,6 +199,14 @@ def test_a_gguf_that_cannot_be_run(demo_gguf, llama_source, tmp_path, capsys, mo
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_gguf_of_an_architecture_that_transformers_does_not_read(tmp_path, capsys, rng, monkeypatch):
+    """It is refused before anything slow."""
+    source = write_source(tmp_path / "source.gguf", {"blk.0.ffn_down.weight": rng.normal(size=(128, 192)).astype(np.float32)}, "rwkv6")
+    monkeypatch.setattr("aaac_gguf.convert.check_weights", lambda file: pytest.fail("the weights are read"))
+    assert convert(source, tmp_path / "out.gguf", "--calib", "self") == 2
+    assert f"{source}: transformers cannot load it (" in capsys.readouterr().err
+
+
 def test_unknown_architecture_fails_before_the_weights_are_read(tmp_path, capsys, llama_source):
     assert convert(folder(tmp_path, architectures=["NoSuchForCausalLM"]), tmp_path / "out.gguf") == 2
     err = capsys.readouterr().err
