@@ -269,7 +269,7 @@ def scratch_bytes(source: Path, header: GgufFile, settings: Settings, inputs: In
     weights = header.n_bytes if source.is_dir() else 0
     if settings.moments(inputs) != "measured":
         return weights
-    n_blocks, width = (int(header.get(f"{header.architecture}.{key}", 0)) for key in ("block_count", "embedding_length"))
+    n_blocks, width = (int(header.setting(key, 0)) for key in ("block_count", "embedding_length"))
     n_tokens = int(inputs.description["tokens"] * (1 + RANDOM_SHARE))
     return weights + 4 * (2 * (n_blocks + 1) + 1) * n_tokens * width
 

@@ -154,6 +154,10 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self.get("general.architecture", ""))
 
+    def setting(self, key: str, default: Any = None) -> Any:
+        """The value of one of the architecture's own metadata keys."""
+        return self.get(f"{self.architecture}.{key}", default)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape in numpy order."""

@@ -107,13 +107,14 @@ def make_plan(source: GgufFile, default: T, overrides: Sequence[Override] = (), 
     for override in overrides:
         if override not in used:
             raise AaacError(f"--tensor-type {override.pattern.pattern}={override.type.name}: matches no tensor; see the names with --dry-run")
-    return sorted(plans, key=lambda p: _place(p.name))
+    # Blocks as the model runs them (checkpoints may have them as 0, 1, 10, 11, 2), and the rest behind.
+    return sorted(plans, key=lambda p: block_number(p.name, 1 << 30))
 
 
-def _place(name: str) -> int:
-    """In the file: blocks by number, as the model runs them (checkpoints may have them as 0, 1, 10, 11, 2), and the rest behind."""
+def block_number(name: str, otherwise: int) -> int:
+    """The number of the decoder block that a tensor belongs to."""
     block = re.match(r"blk\.(\d+)\.", name)
-    return int(block[1]) if block else 1 << 30
+    return int(block[1]) if block else otherwise
 
 
 def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embedding: T) -> tuple[T, str]:

@@ -10,14 +10,13 @@ What a block has besides attention and a dense feed-forward network adds nothing
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
 from .gguf_io import GgufFile
 from .hessian import Moments
 from .imatrix import Imatrix
+from .plan import block_number
 from .source import load_weight
 
 N_TOKENS = 8192
@@ -35,8 +34,7 @@ class SyntheticMoments:
     def __init__(self, file: GgufFile, imatrix: Imatrix, device: str = "cpu", seed: int = 0):
         """file: the full-precision model; imatrix: may lack tensors, whose inputs are taken as they come."""
         self.file, self.shapes, self.imatrix, self.device = file, file.shapes, imatrix, device
-        numbers = [int(found[1]) for name in self.shapes if (found := re.match(r"blk\.(\d+)\.", name))]
-        self.n_blocks = max(numbers, default=-1) + 1
+        self.n_blocks = 1 + max(block_number(name, -1) for name in self.shapes)
         self.position = 0
         self.inputs: dict[str, Tensor] = {}  # float32 [N_TOKENS, K] by tensor, of the block before `position`
         n_vocab, width = self.shapes["token_embd.weight"]
@@ -48,10 +46,9 @@ class SyntheticMoments:
 
     def of(self, name: str) -> Moments | None:
         """The moments of a tensor's inputs; None where nothing is known of them. Raises ValueError for a block that has gone by."""
-        found = re.match(r"blk\.(\d+)\.", name)
-        if not found and name != "output.weight":
+        number = self.n_blocks if name == "output.weight" else block_number(name, -1)
+        if number < 0:
             return None
-        number = int(found[1]) if found else self.n_blocks
         if number < self.position - 1:
             raise ValueError(f"{name}: block {number} has gone by")
         while self.position <= number:
@@ -171,5 +168,5 @@ class SyntheticMoments:
 
     def _setting(self, key: str, default: float) -> float:
         """A number of the architecture's metadata; of an array the value for the block at `position`."""
-        value = self.file.get(f"{self.file.architecture}.{key}", default)
+        value = self.file.setting(key, default)
         return float(value[self.position] if isinstance(value, list) else value)

@@ -95,10 +95,12 @@ class Encoder:
             return self.file.tensors[plan.name].data, None
         weight = load_weight(self.file, plan.name, self.rounding.device)
         self.file.release()  # most often `weight` is a copy
-        if not seen and self.synthetic and plan.name in self.searched and plan.type != T.Q8_0:
+        if plan.name not in self.searched:
+            return encode_stock(weight, plan.type), None
+        if not seen and self.synthetic and plan.type != T.Q8_0:
             seen = self.synthetic.of(plan.name)
         # Importance changes next to nothing from 5 bits up, and Q4_0's own rounding may turn a block's sign round, which the search does not.
-        if plan.name not in self.searched or (not seen and plan.type in (T.Q8_0, T.Q4_0, *KQUANTS)):
+        if not seen and plan.type in (T.Q8_0, T.Q4_0, *KQUANTS):
             return encode_stock(weight, plan.type), None
         method = self.rounding.method if plan.type in fmt.TYPES_BY_ID else "aaac"
         if seen:

@@ -49,7 +49,10 @@ def test_a_full_disk(verb, module, opener, source, tmp_path, monkeypatch, refuse
 def test_a_limit_on_file_sizes(source, tmp_path):
     """The kernel's own error, in the middle of a file."""
     command = [sys.executable, "-m", "aaac_gguf", "convert", source, "-o", tmp_path / "out.gguf"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # noqa: E731
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == f"aaac-gguf: error: {tmp_path / 'out.gguf'}: cannot be written: File too large; choose another output"
@@ -96,8 +99,11 @@ def test_signals_leave_nothing_half_written(number, tmp_path, rng):
     weight = rng.normal(size=(4096, 1024)).astype(np.float16)
     big = write_source(tmp_path / "big.gguf", {f"blk.{i}.attn_q.weight": weight for i in range(8)})
     out, partial = tmp_path / "out.gguf", tmp_path / "out.gguf.partial"
+
     # A parent in the background hands down that SIGINT is ignored, and nohup that SIGHUP is, and that would last.
-    restore = lambda: signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)  # noqa: E731
+    def restore():
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
     command = [sys.executable, "-m", "aaac_gguf", "convert", big, "-o", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
     deadline = time.monotonic() + 120

@@ -211,11 +211,9 @@ def test_nothing_is_said_of_what_is_unknown(tensors, synthetic, rng):
 
 def test_matrices_of_other_widths_are_left_alone(tensors, synthetic, rng):
     """Low-rank projections and the like: they have the names, and neither read nor write the residual stream."""
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    tensors["blk.0.attn_q.weight"] = normal(D, D // 2)
-    tensors["blk.0.attn_output.weight"] = normal(D // 2, D)
-    tensors["blk.0.ffn_down.weight"] = normal(2 * D, FF)
-    tensors["blk.1.attn_v.weight"] = normal(2 * HEAD, D // 2)
+    shapes = {"blk.0.attn_q": (D, D // 2), "blk.0.attn_output": (D // 2, D), "blk.0.ffn_down": (2 * D, FF), "blk.1.attn_v": (2 * HEAD, D // 2)}
+    for stem, shape in shapes.items():
+        tensors[f"{stem}.weight"] = rng.normal(size=shape).astype(np.float32)
     found = synthetic()
     for stem in ("attn_q", "attn_output", "ffn_down", "ffn_up"):
         assert found.of(f"blk.0.{stem}.weight") is None, stem
