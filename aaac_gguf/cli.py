@@ -10,8 +10,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from . import __version__
+from . import __version__, resources
 from .errors import AaacError
+from .llama import tools
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +45,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="aaac-gguf", description="4-bit GGUF files with two learned codebooks per matrix, and the llama.cpp that runs them"
+        prog="aaac-gguf",
+        description="4-bit GGUF files with two learned codebooks per matrix, and the llama.cpp that runs them",
     )
     parser.add_argument("--version", action="version", version=f"aaac-gguf {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
@@ -55,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
     p.add_argument("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128; "
                    "Q4_0, IQ4_NL, Q5_K, Q6_K, Q8_0, which stock llama.cpp runs; BF16, F16, F32")  # fmt: skip
-    p.add_argument("--embedding-type", default="Q6_K", metavar="TYPE", help="type of token_embd and output in a 4-bit file (default Q6_K)")
+    p.add_argument(
+        "--embedding-type",
+        default="Q6_K",
+        metavar="TYPE",
+        help="type of token_embd and output in a 4-bit file (default Q6_K)",
+    )
     p.add_argument(
         "--tensor-type",
         action="append",
@@ -68,24 +75,67 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=_size, metavar="SIZE", help="the same by bytes of the output: 900M, 4.2GiB")
     p.add_argument("--calib", metavar="TEXT", help="calibrate on a text file, on tokens sampled from the model (self), or not at all (none); "
                    "default: self for a folder, none for a GGUF")  # fmt: skip
-    p.add_argument("--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file (GGUF or .dat)")
-    p.add_argument("--calib-sequences", type=_positive, default=64, metavar="N", help="calibration sequences at most (default 64)")
-    p.add_argument("--calib-length", type=_positive, default=512, metavar="T", help="tokens per calibration sequence (default 512)")
-    p.add_argument("--method", choices=("aaac", "paper"), default="aaac", help="aaac (default), or the paper's Algorithm 1 as published")
-    p.add_argument("--no-feedback", action="store_true", help="round by importance alone, without error feedback: faster, less exact")
-    p.add_argument("--seed", type=int, default=0, help="for sampled tokens and for the groups that codebooks are fitted to (default 0)")
+    p.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file (GGUF or .dat)"
+    )
+    p.add_argument(
+        "--calib-sequences", type=_positive, default=64, metavar="N", help="calibration sequences at most (default 64)"
+    )
+    p.add_argument(
+        "--calib-length", type=_positive, default=512, metavar="T", help="tokens per calibration sequence (default 512)"
+    )
+    p.add_argument(
+        "--method",
+        choices=("aaac", "paper"),
+        default="aaac",
+        help="aaac (default), or the paper's Algorithm 1 as published",
+    )
+    p.add_argument(
+        "--no-feedback",
+        action="store_true",
+        help="round by importance alone, without error feedback: faster, less exact",
+    )
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="for sampled tokens and for the groups that codebooks are fitted to (default 0)",
+    )
     p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    p.add_argument("--split-max-size", type=_split_size, metavar="N(M|G)", help="write files of at most so many bytes of tensor data: 500M, 2G")
+    p.add_argument(
+        "--split-max-size",
+        type=_split_size,
+        metavar="N(M|G)",
+        help="write files of at most so many bytes of tensor data: 500M, 2G",
+    )
     p.add_argument("--resume", action="store_true", help="continue the same conversion after it was interrupted")
     p.add_argument("--dry-run", action="store_true", help="print the plan and the exact size, write nothing")
     p.set_defaults(run=_convert)
 
-    p = verbs.add_parser("verify", help="check a file's structure, its tensors against the source, and llama.cpp's logits")
+    p = verbs.add_parser(
+        "verify", help="check a file's structure, its tensors against the source, and llama.cpp's logits"
+    )
     p.add_argument("file", type=Path, metavar="FILE.gguf")
-    p.add_argument("--source", metavar="SRC", help="what the file was made from; without it only the structure is checked")
-    p.add_argument("--text", type=Path, metavar="FILE", help="text to compare logits on (default: the sample that ships with aaac-gguf)")
-    p.add_argument("--imatrix", type=Path, metavar="FILE", help="weight tensor errors by this importance, where the source is a GGUF")
-    p.add_argument("--gpu", action="store_true", help="decode every tensor on the GPU as well (needs CuPy) and compare it to the bit")
+    p.add_argument(
+        "--source", metavar="SRC", help="what the file was made from; without it only the structure is checked"
+    )
+    p.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to compare logits on (default: the sample that ships with aaac-gguf)",
+    )
+    p.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="weight tensor errors by this importance, where the source is a GGUF",
+    )
+    p.add_argument(
+        "--gpu",
+        action="store_true",
+        help="decode every tensor on the GPU as well (needs CuPy) and compare it to the bit",
+    )
     p.set_defaults(run=_verify)
 
     p = verbs.add_parser("dequantize", help="write the decoded weights as an ordinary GGUF that stock llama.cpp runs")
@@ -99,34 +149,77 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the codebooks")
     p.set_defaults(run=_inspect)
 
-    p = verbs.add_parser("compare", help="quantize to several types, each at its best, and measure them against the full model")
-    p.add_argument("source", metavar="SRC", help="as in convert: a folder, a full-precision GGUF file, or a model on the Hugging Face Hub")
+    p = verbs.add_parser(
+        "compare", help="quantize to several types, each at its best, and measure them against the full model"
+    )
+    p.add_argument(
+        "source",
+        metavar="SRC",
+        help="as in convert: a folder, a full-precision GGUF file, or a model on the Hugging Face Hub",
+    )
     p.add_argument("--types", metavar="LIST", help="AAAC types, llama-quantize's recipes, finished .gguf files, separated by commas "
                    "(default AAAC4_G16,Q4_0,IQ4_NL,Q4_K_M,Q5_K_M)")  # fmt: skip
-    p.add_argument("-o", "--output", type=Path, default=Path("aaac-compare"), metavar="DIR", help="where to write (default ./aaac-compare)")
     p.add_argument(
-        "--text", type=Path, action="append", default=[], metavar="FILE", help="text to measure on; may repeat (default: one that the model writes)"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("aaac-compare"),
+        metavar="DIR",
+        help="where to write (default ./aaac-compare)",
+    )
+    p.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text to measure on; may repeat (default: one that the model writes)",
     )
     p.add_argument("--calib", metavar="TEXT", help="as in convert, for all types")
     p.add_argument("--imatrix", type=Path, metavar="FILE", help="as in convert, for all types")
-    p.add_argument("--embedding-type", default="Q6_K", metavar="TYPE", help="type of token_embd and output in every file (default Q6_K)")
+    p.add_argument(
+        "--embedding-type",
+        default="Q6_K",
+        metavar="TYPE",
+        help="type of token_embd and output in every file (default Q6_K)",
+    )
     p.add_argument("--device", default="cpu", help="what calibration runs on: cpu (default) or cuda")
     p.add_argument("--ctx", type=_positive, default=512, metavar="N", help="tokens per chunk of text (default 512)")
     p.add_argument("--chunks", type=_positive, default=64, metavar="N", help="chunks of each text at most (default 64)")
     p.set_defaults(run=_compare)
 
     p = verbs.add_parser("demo", help="the whole way with the bundled model: quantize, compare, verify, run")
-    p.add_argument("-o", "--output", type=Path, default=Path("aaac-demo"), metavar="DIR", help="where to write (default ./aaac-demo)")
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("aaac-demo"),
+        metavar="DIR",
+        help="where to write (default ./aaac-demo)",
+    )
     p.set_defaults(run=_demo)
 
     p = verbs.add_parser("llama", help="the patched llama.cpp: build it, run its tools")
     actions = p.add_subparsers(required=True, metavar="ACTION")
     p = actions.add_parser("build", help="fetch, patch and build; does nothing the second time")
-    p.add_argument("--backend", choices=("cpu", "cuda"), default="cpu", help="cpu (default), or cuda: needs the CUDA toolkit")
-    p.add_argument("--arch", metavar="LIST", help="CUDA architectures, for example 90 or '80;89' (default: this machine's)")
+    p.add_argument(
+        "--backend", choices=("cpu", "cuda"), default="cpu", help="cpu (default), or cuda: needs the CUDA toolkit"
+    )
+    p.add_argument(
+        "--arch", metavar="LIST", help="CUDA architectures, for example 90 or '80;89' (default: this machine's)"
+    )
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--source", type=Path, metavar="DIR", help="build a patched copy of your own llama.cpp checkout; DIR is left as it is")
-    what.add_argument("--python", action="store_true", help="build the wheel of llama-cpp-python instead of the tools, and print its path")
+    what.add_argument(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="build a patched copy of your own llama.cpp checkout; DIR is left as it is",
+    )
+    what.add_argument(
+        "--python",
+        action="store_true",
+        help="build the wheel of llama-cpp-python instead of the tools, and print its path",
+    )
     p.set_defaults(run=_llama_build)
     p = actions.add_parser("run", help="run a built tool", prefix_chars="\0")  # everything after TOOL is the tool's
     p.add_argument("tool", metavar="TOOL")
@@ -165,7 +258,9 @@ def _bits(text: str) -> float:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from . import convert, plan, report, source
+    from .conversion import convert, plan
+    from .models import source
+    from .reporting import tables as report
 
     if args.calib and args.imatrix:
         raise AaacError("--calib and --imatrix: give one of them")
@@ -194,17 +289,23 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from . import demo, gguf_io, kernels, report, source, verify
+    from .files import gguf as gguf_io
+    from .inference import kernels
+    from .models import source
+    from .reporting import tables as report
+    from .reporting import verify
 
     differences = kernels.compare_file(gguf_io.read(args.file)) if args.gpu else []
-    result = verify.verify(args.file, args.source and source.locate(args.source), args.text or demo.SAMPLE_TEXT, args.imatrix)
+    result = verify.verify(
+        args.file, args.source and source.locate(args.source), args.text or resources.SAMPLE_TEXT, args.imatrix
+    )
     result.failures += differences
     print(report.verification_text(result))
     return 1 if result.failures else 0
 
 
 def _dequantize(args: argparse.Namespace) -> None:
-    from . import convert, plan
+    from .conversion import convert, plan
 
     ggml_type = plan.parse_type(args.type, "--type")
     if ggml_type not in plan.PLAIN_TYPES:
@@ -214,7 +315,8 @@ def _dequantize(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from . import gguf_io, report
+    from .files import gguf as gguf_io
+    from .reporting import tables as report
 
     file = gguf_io.read(args.file)
     print(report.inspect_text(file))
@@ -223,7 +325,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from . import compare, convert, plan, report, source
+    from .conversion import convert, plan
+    from .models import source
+    from .reporting import compare
+    from .reporting import tables as report
 
     if args.calib and args.imatrix:
         raise AaacError("--calib and --imatrix: give one of them")
@@ -240,23 +345,25 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from . import demo
+    from .reporting import demo
 
     return demo.run(args.output)
 
 
 def _llama_build(args: argparse.Namespace) -> None:
-    from . import llama, patch
+    from .llama import build as llama
+    from .llama import patch
 
-    built = llama.build_wheel(args.backend, args.arch) if args.python else llama.build(args.backend, args.arch, args.source)
+    built = (
+        llama.build_wheel(args.backend, args.arch) if args.python else llama.build(args.backend, args.arch, args.source)
+    )
     print(patch.summary(), file=sys.stderr)
     print(built)
 
 
 def _llama_run(args: argparse.Namespace) -> int:
-    from . import llama
 
-    return subprocess.run([llama.tool(args.tool), *args.args]).returncode
+    return subprocess.run([tools.tool(args.tool), *args.args]).returncode
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ from typing import Any
 from gguf import GGMLQuantizationType as T
 from random_models import Shape, grow, one_layer
 
-from aaac_gguf import format as fmt
-from aaac_gguf import llama
-from aaac_gguf.convert import Calibration, Settings, convert
-from aaac_gguf.gguf_io import read
-from aaac_gguf.report import table
+from aaac_gguf import resources
+from aaac_gguf.conversion.convert import Calibration, Settings, convert
+from aaac_gguf.files import format as fmt
+from aaac_gguf.files.gguf import read
+from aaac_gguf.llama import build as llama
+from aaac_gguf.llama import tools
+from aaac_gguf.reporting.tables import table
 
 SHAPES = {
     "1b": Shape(n_layers=16, n_embd=2048, n_ff=8192, n_head=32, n_head_kv=8, n_vocab=128256, tied=True),
@@ -45,7 +47,7 @@ SEED_ROWS = 64
 
 def make_model(shape: str, name: str) -> Path:
     """The model of that shape and type, from the cache or made now."""
-    folder = llama.cache_dir() / "benchmarks"
+    folder = resources.cache_dir() / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / f"llama-{shape}-{name}.gguf"
     if not model.exists():
@@ -58,8 +60,12 @@ def make_model(shape: str, name: str) -> Path:
                 convert(full, seed, Settings(type=T[name], embedding=T[name], calibration=Calibration("none")))
             else:
                 # no preset makes an NVFP4 or MXFP4 file of a dense model, so every matrix is named
-                how = ["--tensor-type", f"weight={name.lower()}", full, seed, "Q8_0"] if name in ("NVFP4", "MXFP4") else ["--pure", full, seed, name]
-                subprocess.run([llama.tool("llama-quantize"), *how], check=True, capture_output=True)
+                how = (
+                    ["--tensor-type", f"weight={name.lower()}", full, seed, "Q8_0"]
+                    if name in ("NVFP4", "MXFP4")
+                    else ["--pure", full, seed, name]
+                )
+                subprocess.run([tools.tool("llama-quantize"), *how], check=True, capture_output=True)
             grow(read(seed), SHAPES[shape], model)
     return model
 
@@ -75,8 +81,11 @@ def limits_program() -> Path:
     program = tree / "cpu_limits"
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         include = [f"-I{tree}/ggml/src", f"-I{tree}/ggml/src/ggml-cpu/aaac"]
-        libraries = [llama.tool("llama-bench").parents[1] / f"ggml/src/libggml-{part}.a" for part in ("cpu", "base")]
-        subprocess.run(["g++", "-O3", "-march=native", "-std=c++17", "-fopenmp", *include, "-o", program, source, *libraries], check=True)
+        libraries = [tools.tool("llama-bench").parents[1] / f"ggml/src/libggml-{part}.a" for part in ("cpu", "base")]
+        subprocess.run(
+            ["g++", "-O3", "-march=native", "-std=c++17", "-fopenmp", *include, "-o", program, source, *libraries],
+            check=True,
+        )
     return program
 
 
@@ -85,16 +94,23 @@ def bench(model: Path, threads: int, tests: list[str]) -> dict[str, float]:
     lengths = {kind: ",".join(t.removeprefix(kind) for t in tests if t.startswith(kind)) for kind in ("pp", "tg")}
     prompt = ",".join(filter(None, ("8", lengths["pp"])))
     options = f"-t {threads} -r 1 --no-warmup -p {prompt} -n {lengths['tg'] or 0} -o json"
-    result = subprocess.run([llama.tool("llama-bench"), "-m", model, *options.split()], capture_output=True, text=True)
+    result = subprocess.run([tools.tool("llama-bench"), "-m", model, *options.split()], capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"llama-bench failed on {model}: {result.stderr[-2000:]}")
-    found = {(f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}"): float(r["avg_ts"]) for r in json.loads(result.stdout)}
+    found = {
+        (f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}"): float(r["avg_ts"])
+        for r in json.loads(result.stdout)
+    }
     return {test: found[test] for test in tests}
 
 
 def processor() -> str:
     try:
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         return f"{names[0]}, {len(names)} cores"
     except (OSError, IndexError):
         return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
@@ -112,7 +128,9 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> Iterator[str]:
         return min(len(turns(results, *turn, test)) for test in args.tests)
 
     combinations = list(itertools.product(args.shapes, args.threads, args.types))
-    while (turn := min(combinations, key=count)) and count(turn) < args.rounds and time.monotonic() - start < args.seconds:
+    while (
+        (turn := min(combinations, key=count)) and count(turn) < args.rounds and time.monotonic() - start < args.seconds
+    ):
         shape, threads, name = turn
         limit = json.loads(subprocess.run([limits, str(threads)], check=True, capture_output=True, text=True).stdout)
         speed = bench(models[shape, name], threads, args.tests)
@@ -138,7 +156,9 @@ def speeds(results: dict[str, Any], shape: str, threads: int) -> dict[str, dict[
 
 def bandwidth(results: dict[str, Any], shape: str, threads: int) -> float:
     """Median of bytes per second read beside those turns."""
-    return statistics.median(run["read"] for run in results["runs"] if (run["shape"], run["threads"]) == (shape, threads))
+    return statistics.median(
+        run["read"] for run in results["runs"] if (run["shape"], run["threads"]) == (shape, threads)
+    )
 
 
 def groups(results: dict[str, Any]) -> list[tuple[str, int]]:
@@ -158,19 +178,35 @@ def summary(results: dict[str, Any], shape: str, threads: int) -> str:
     rows = []
     for name, tests in found.items():
         size = results["bytes"][shape][name]
-        cells = [f"{median[name][t]:.1f} ({min(tests[t]):.1f} - {max(tests[t]):.1f}; {len(tests[t])})" if t in tests else "-" for t in TESTS]
-        shares = [run["tokens_per_second"]["tg64"] * size / run["read"] for run in turns(results, shape, threads, name, "tg64")]
+        cells = [
+            f"{median[name][t]:.1f} ({min(tests[t]):.1f} - {max(tests[t]):.1f}; {len(tests[t])})" if t in tests else "-"
+            for t in TESTS
+        ]
+        shares = [
+            run["tokens_per_second"]["tg64"] * size / run["read"]
+            for run in turns(results, shape, threads, name, "tg64")
+        ]
         share = f"{statistics.median(shares):.0%}" if shares else "-"
         ratios = ratio(name, "tg64", BITS_4_5), ratio(name, "pp512", BITS_4)
         rows.append((name, f"{size / 1e9:.3f}", *cells, *ratios, share))
-    heading = ("type", "GB", *(f"{t}, tokens/s" for t in TESTS), "tg64 / best 4.5 bit", "pp512 / best 4 bit", "share of bandwidth")
+    heading = (
+        "type",
+        "GB",
+        *(f"{t}, tokens/s" for t in TESTS),
+        "tg64 / best 4.5 bit",
+        "pp512 / best 4 bit",
+        "share of bandwidth",
+    )
     return f"Llama {shape}, {threads} threads, read bandwidth {read_speed / 1e9:.1f} GB/s\n{table(heading, rows)}"
 
 
 def kernel_summary(results: dict[str, Any]) -> str:
     names = results["runs"][-1]["kernels"]
     best = {name: max(run["kernels"][name] for run in results["runs"]) for name in names}
-    rows = [(name, f"{v / 1e9:.1f}", f"{v / best['Q4_0']:.3f}") for name, v in sorted(best.items(), key=lambda item: -item[1])]
+    rows = [
+        (name, f"{v / 1e9:.1f}", f"{v / best['Q4_0']:.3f}")
+        for name, v in sorted(best.items(), key=lambda item: -item[1])
+    ]
     return f"One thread, weights in the cache\n{table(('type', 'billion weights per s', 'to Q4_0'), rows)}"
 
 
@@ -193,11 +229,18 @@ def plot(results: dict[str, Any], out: Path) -> None:
         left.set_xlabel(f"pp512, tokens/s: Llama {shape}, {threads} threads")
         sizes = [results["bytes"][shape][name] / 1e9 for name in found]
         line = sorted(sizes)
-        right.plot(line, [bandwidth(results, shape, threads) / 1e9 / size for size in line], color="gray", label="read bandwidth")
+        right.plot(
+            line,
+            [bandwidth(results, shape, threads) / 1e9 / size for size in line],
+            color="gray",
+            label="read bandwidth",
+        )
         for (name, tests), size in zip(found.items(), sizes, strict=True):
             if "tg64" in tests:
                 v = statistics.median(tests["tg64"])
-                right.errorbar(size, v, yerr=[[v - min(tests["tg64"])], [max(tests["tg64"]) - v]], marker="o", label=name)
+                right.errorbar(
+                    size, v, yerr=[[v - min(tests["tg64"])], [max(tests["tg64"]) - v]], marker="o", label=name
+                )
         right.set_xscale("log")
         right.set_yscale("log")
         right.set_xlabel("GB read per token")
@@ -213,10 +256,18 @@ def main() -> None:
     parser.add_argument("--shapes", choices=SHAPES, default=["1b"], **several)
     parser.add_argument("--types", choices=TYPES, default=list(TYPES), **several)
     parser.add_argument("--tests", choices=TESTS, default=list(TESTS), **several)
-    parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1], help="numbers of threads (default: all cores)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each combination (default 5; 0 only makes the models)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement after so many seconds")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json", help="a plot goes beside it")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[os.cpu_count() or 1], help="numbers of threads (default: all cores)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements of each combination (default 5; 0 only makes the models)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no measurement after so many seconds"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json", help="a plot goes beside it"
+    )
     args = parser.parse_args()
     results: dict[str, Any] = {"processor": processor(), "bytes": {}, "runs": []}
     if args.out.exists():

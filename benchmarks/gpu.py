@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from aaac_gguf import kernels
-from aaac_gguf.format import TYPES, AaacType, Codec, pack
-from aaac_gguf.report import table
+from aaac_gguf.files.format import TYPES, AaacType, Codec, pack
+from aaac_gguf.inference import kernels
+from aaac_gguf.reporting.tables import table
 
 # N x K of the projections of Llama 8B and 70B
 SHAPES = {
@@ -85,7 +85,12 @@ def random_weights(cp: Any, qtype: AaacType, n_rows: int, k: int, n_copies: int)
     rng = np.random.default_rng(0)
     rows = min(n_rows, 64)  # random bits repeat after 64 rows, which no kernel can notice
     codes = rng.integers(1, 40, (rows, k // qtype.group_size), dtype=np.uint8)
-    part = pack(qtype, rng.integers(0, 16, (rows, k), dtype=np.uint8), rng.integers(0, 2, (rows, k // 16), dtype=np.uint8), codes)
+    part = pack(
+        qtype,
+        rng.integers(0, 16, (rows, k), dtype=np.uint8),
+        rng.integers(0, 2, (rows, k // 16), dtype=np.uint8),
+        codes,
+    )
     blocks = cp.tile(cp.asarray(part), (n_rows // rows, 1))
     books = np.stack([np.sort(rng.choice(np.arange(-127, 128), 16, replace=False)) for _ in range(2)]).astype(np.int8)
     return [blocks] + [blocks.copy() for _ in range(n_copies - 1)], Codec(books, 1e-3, 4)
@@ -98,7 +103,11 @@ def copies_for(cache: int, n_bytes: int) -> int:
 def copy_rate(cp: Any) -> float:
     """Bytes read and written per second by a large device-to-device copy."""
     source, target = cp.ones(COPIED, cp.float32), cp.empty(COPIED, cp.float32)
-    seconds, _, _ = timed(cp, [lambda: target.data.copy_from_device_async(source.data, source.nbytes, cp.cuda.get_current_stream())], per_batch=5)
+    seconds, _, _ = timed(
+        cp,
+        [lambda: target.data.copy_from_device_async(source.data, source.nbytes, cp.cuda.get_current_stream())],
+        per_batch=5,
+    )
     return 2 * source.nbytes / seconds
 
 
@@ -112,7 +121,10 @@ def matvec_times(cp: Any, cache: int, copy: float, progress: Callable[[str], Non
             for n in MATVEC_COLUMNS:
                 x = cp.random.default_rng(0).standard_normal((n, k), dtype=cp.float32)
                 q8, out = kernels.quantize(x), cp.empty((n, n_rows), cp.float32)
-                launches = [lambda w=w, q8=q8, out=out, k=k: kernels.matvec_into(qtype, params, w, q8, "", k, out) for w in weights]  # noqa: B023
+                launches = [
+                    lambda w=w, q8=q8, out=out, k=k: kernels.matvec_into(qtype, params, w, q8, "", k, out)
+                    for w in weights
+                ]  # noqa: B023
                 seconds, least, greatest = timed_graph(cp, launches)
                 moved = n_bytes + q8.nbytes + out.nbytes
                 rate = moved / seconds
@@ -129,13 +141,17 @@ def matmul_times(cp: Any, cache: int, progress: Callable[[str], None]) -> list[d
     n_rows, k = MATMUL_SHAPE
     for n in MATMUL_COLUMNS:
         x = cp.random.default_rng(0).standard_normal((n, k), dtype=cp.float32).astype(cp.float16)
-        half = [cp.random.default_rng(i).standard_normal((n_rows, k), dtype=cp.float32).astype(cp.float16) for i in range(2)]
+        half = [
+            cp.random.default_rng(i).standard_normal((n_rows, k), dtype=cp.float32).astype(cp.float16) for i in range(2)
+        ]
         product = cp.empty((n, n_rows), cp.float16)
         cublas, _, _ = timed(cp, [lambda w=w, x=x, product=product: cp.matmul(x, w.T, out=product) for w in half])
         for qtype in TYPES.values():
             weights, codec = random_weights(cp, qtype, n_rows, k, copies_for(cache, n_rows * qtype.row_bytes(k)))
             params, out = kernels._check_codec(qtype, codec), cp.empty((n, n_rows), cp.float32)
-            launches = [lambda w=w, x=x, out=out: kernels.matmul_into(qtype, params, w, x, "float16", k, out) for w in weights]  # noqa: B023
+            launches = [
+                lambda w=w, x=x, out=out: kernels.matmul_into(qtype, params, w, x, "float16", k, out) for w in weights
+            ]  # noqa: B023
             fused, least, greatest = timed_graph(cp, launches)
             # what the llama.cpp patch does for prompts: decode to float16, then cuBLAS
             decode, _, _ = timed(cp, [lambda w=w: kernels.dequant(qtype, w, codec, "float16") for w in weights])  # noqa: B023
@@ -153,7 +169,14 @@ def registers(cp: Any) -> list[dict[str, Any]]:
     rows = []
     for name, struct in kernels.STRUCTS.items():
         run = kernels.kernel("matvec.cu", f"aaac_matvec_q8<{struct}, 1>")
-        rows.append({"type": name, "registers": run.num_regs, "local_bytes": run.local_size_bytes, "shared_bytes": run.shared_size_bytes})
+        rows.append(
+            {
+                "type": name,
+                "registers": run.num_regs,
+                "local_bytes": run.local_size_bytes,
+                "shared_bytes": run.shared_size_bytes,
+            }
+        )
     return rows
 
 

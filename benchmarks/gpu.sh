@@ -34,7 +34,7 @@ if has build || has models; then
     bin=$("$python" -m aaac_gguf llama build --backend cuda --arch native | tail -n 1)
 fi
 if has check; then
-    AAAC_CUDA_BIN=$bin "$python" -m pytest -q -ra -m gpu tests/test_gpu.py 2>&1 | tee "$out/gpu-tests.txt"
+    AAAC_CUDA_BIN=$bin "$python" -m pytest -q -ra -m gpu tests/inference/test_gpu.py 2>&1 | tee "$out/gpu-tests.txt"
 fi
 if has kernels; then
     "$python" benchmarks/gpu.py "$out"

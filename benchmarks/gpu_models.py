@@ -22,11 +22,11 @@ import torch
 from gguf import GGMLQuantizationType as T
 from random_models import Shape, grow, one_layer
 
-from aaac_gguf import format as fmt
-from aaac_gguf.convert import Calibration, Settings, convert
-from aaac_gguf.gguf_io import read
-from aaac_gguf.quantize import quantize
-from aaac_gguf.report import table
+from aaac_gguf.conversion.convert import Calibration, Settings, convert
+from aaac_gguf.files import format as fmt
+from aaac_gguf.files.gguf import read
+from aaac_gguf.quantizer.quantize import quantize
+from aaac_gguf.reporting.tables import table
 
 SHAPE = Shape(n_layers=32, n_embd=4096, n_ff=14336, n_head=32, n_head_kv=8, n_vocab=128256, tied=False)
 STOCK = ("Q4_0", "IQ4_NL", "Q4_K_S", "NVFP4", "Q8_0")
@@ -53,7 +53,14 @@ def make_model(binaries: Path, work: Path, name: str) -> Path | None:
             # no preset makes an NVFP4 file, so every matrix is named
             nvfp4 = ["--tensor-type", rf"blk.*({'|'.join(SHAPE.linear)})=nvfp4", full, seed, "Q8_0"]
             how = nvfp4 if name == "NVFP4" else ["--pure", full, seed, name]
-            command = [binaries / "llama-quantize", "--token-embedding-type", "q6_k", "--output-tensor-type", "q6_k", *how]
+            command = [
+                binaries / "llama-quantize",
+                "--token-embedding-type",
+                "q6_k",
+                "--output-tensor-type",
+                "q6_k",
+                *how,
+            ]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 print(f"{name}: llama-quantize refuses: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")

@@ -25,15 +25,23 @@ import torch
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
-from aaac_gguf import calibrate, checkpoint, codebook, convert, gguf_io, hessian
-from aaac_gguf import format as fmt
-from aaac_gguf.blocks import Blocks
-from aaac_gguf.encode import Grid, decode
-from aaac_gguf.feedback import factor, feedback
-from aaac_gguf.imatrix import Entry, Imatrix
-from aaac_gguf.quantize import quantize, quantizer_type
-from aaac_gguf.sequential import BlockMoments
-from aaac_gguf.synthetic import SyntheticMoments
+from aaac_gguf.calibration import activations as calibrate
+from aaac_gguf.calibration import tokens as tokens_module
+from aaac_gguf.calibration.sequential import BlockMoments
+from aaac_gguf.calibration.synthetic import SyntheticMoments
+from aaac_gguf.conversion import convert
+from aaac_gguf.files import format as fmt
+from aaac_gguf.files import gguf as gguf_io
+from aaac_gguf.files.imatrix import Entry, Imatrix
+from aaac_gguf.models import checkpoint
+from aaac_gguf.models.blocks import Blocks
+from aaac_gguf.quantizer import codebook
+from aaac_gguf.quantizer import moments as hessian
+from aaac_gguf.quantizer.feedback import feedback
+from aaac_gguf.quantizer.grid import Grid
+from aaac_gguf.quantizer.moments import factor
+from aaac_gguf.quantizer.quantize import quantize, quantizer_type
+from aaac_gguf.quantizer.search import decode
 
 CONTEXT = 512
 IQ4_NL = torch.tensor(codebook._IQ4_NL, dtype=torch.float32)
@@ -95,7 +103,9 @@ class Calibration(BlockMoments):
         super().put(name, weight)
         rows = self._rows(name)
         if rows is None:
-            raise SystemExit(f"{name}: its rows are not those of {self.place[name][1]}; this benchmark needs them to be")
+            raise SystemExit(
+                f"{name}: its rows are not those of {self.place[name][1]}; this benchmark needs them to be"
+            )
         rows.put(self.judged[self.place[name][1]], weight)
 
 
@@ -212,7 +222,9 @@ def one_fitted(layer: Layer) -> Tensor:
     a = layer.importance.view(-1, 16)[drawn % (layer.weight.shape[1] // 16)]
     levels = IQ4_NL
     for _ in range(8):
-        numerator, denominator = codebook._lloyd_sums(groups[drawn], a, fixed_grid(layer.weight, torch.stack([levels, levels])), fmt.G16)
+        numerator, denominator = codebook._lloyd_sums(
+            groups[drawn], a, fixed_grid(layer.weight, torch.stack([levels, levels])), fmt.G16
+        )
         means = (numerator.view(2, 16).sum(0) / denominator.view(2, 16).sum(0).clamp_min(1e-30)).float()
         levels = torch.where(denominator.view(2, 16).sum(0) > 0, means, levels).sort().values
         levels = levels * 127 / levels.abs().max()
@@ -241,7 +253,9 @@ def ours(ggml_type: T, mode: str) -> Method:
             "columns": {"hessian": layer.moments.inputs},
             "columns and rows": {"hessian": layer.moments.inputs, "outputs": layer.moments.outputs},
         }[mode]
-        q = quantize(layer.target if "hessian" in given else layer.weight, quantizer_type(ggml_type), seed=seed, **given)
+        q = quantize(
+            layer.target if "hessian" in given else layer.weight, quantizer_type(ggml_type), seed=seed, **given
+        )
         return torch.from_numpy(gguf_io.dequantize(q.data, ggml_type, q.codec))
 
     return reconstruct
@@ -255,7 +269,12 @@ def rows() -> Iterator[Row]:
     yield Row("GPTQ INT4 g128", 4.125, gptq, in_sequence=True)
     yield Row("LO-BCQ", 4 + 4 / 8 + 8 / 64, lobcq)
     yield Row("paper, G16", 4.5, ours(T["AAAC4_G16"], "paper"))
-    for name, table in {"INT4": lambda _: INT4, "FP4": lambda _: FP4, "IQ4_NL table": lambda _: IQ4_NL, "one codebook": one_fitted}.items():
+    for name, table in {
+        "INT4": lambda _: INT4,
+        "FP4": lambda _: FP4,
+        "IQ4_NL table": lambda _: IQ4_NL,
+        "one codebook": one_fitted,
+    }.items():
         yield Row(f"{name} g16, feedback", 4.4375, with_feedback(table), in_sequence=True)
     for name, qtype in fmt.TYPES.items():
         yield Row(f"{name}, importance", qtype.bits_per_weight, ours(T[name], "importance"))
@@ -271,7 +290,12 @@ def rows() -> Iterator[Row]:
 def log_probabilities(model: Any, chunks: Tensor) -> Iterator[Tensor]:
     """[255, vocabulary] for each chunk, float32."""
     for chunk in chunks:
-        yield model(input_ids=chunk[None].to(model.device), use_cache=False).logits[0, CONTEXT // 2 : CONTEXT - 1].float().log_softmax(-1)
+        yield (
+            model(input_ids=chunk[None].to(model.device), use_cache=False)
+            .logits[0, CONTEXT // 2 : CONTEXT - 1]
+            .float()
+            .log_softmax(-1)
+        )
 
 
 def divergence(model: Any, chunks: Tensor, reference: list[Tensor]) -> dict[str, float]:
@@ -306,7 +330,11 @@ def stock_row(name: str, path: str, layers: dict[str, Layer]) -> Row:
     """The matrices of a finished file."""
     source = gguf_io.read(Path(path))
     decoded = {id(layer.weight): torch.from_numpy(source.load(name)) for name, layer in layers.items()}
-    bits = 8 * sum(source.tensors[name].n_bytes for name in layers) / sum(layer.weight.numel() for layer in layers.values())
+    bits = (
+        8
+        * sum(source.tensors[name].n_bytes for name in layers)
+        / sum(layer.weight.numel() for layer in layers.values())
+    )
     return Row(name, bits, lambda layer, _: decoded[id(layer.weight)])
 
 
@@ -315,7 +343,9 @@ def plot(results: dict[str, Any], out: Path) -> None:
 
     rows = results["rows"]
     texts = list(rows[0]["divergence"])
-    figure, axes = plt.subplots(1, len(texts), figsize=(6 * len(texts), 0.3 * len(rows) + 1.5), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(texts), figsize=(6 * len(texts), 0.3 * len(rows) + 1.5), sharey=True, squeeze=False
+    )
     for axis, text in zip(axes[0], texts, strict=True):
         values = [row["divergence"][text] for row in rows]
         axis.barh(range(len(rows)), [v["mean"] for v in values], xerr=[v["standard_error"] for v in values])
@@ -328,7 +358,9 @@ def plot(results: dict[str, Any], out: Path) -> None:
     plt.close(figure)
 
 
-def write(args: argparse.Namespace, digests: dict[str, str], calibration_seconds: float, rows: list[dict[str, Any]]) -> None:
+def write(
+    args: argparse.Namespace, digests: dict[str, str], calibration_seconds: float, rows: list[dict[str, Any]]
+) -> None:
     results = {
         "model": args.model.name,
         "calibration": {
@@ -351,10 +383,16 @@ def write(args: argparse.Namespace, digests: dict[str, str], calibration_seconds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", type=Path, action="append", required=True, help="several share the sequences equally")
+    parser.add_argument(
+        "--calib", type=Path, action="append", required=True, help="several share the sequences equally"
+    )
     parser.add_argument("--test", type=Path, action="append", required=True)
     parser.add_argument(
-        "--stock", action="append", default=[], metavar="NAME=FILE", help="a GGUF of the same model, its bits per weight taken from it"
+        "--stock",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a GGUF of the same model, its bits per weight taken from it",
     )
     parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by commas")
     parser.add_argument("--calib-sequences", type=int, default=64)
@@ -364,15 +402,21 @@ def main() -> None:
     args = parser.parse_args()
 
     model, calibrated = checkpoint.load_model(args.model), checkpoint.load_model(args.model, exact=False)
-    texts = [calibrate.text_tokens(args.model, path, args.calib_sequences // len(args.calib), CONTEXT) for path in args.calib]
-    tokens, digests = torch.cat([t for t, _ in texts]), {path.name: digest for path, (_, digest) in zip(args.calib, texts, strict=True)}
-    tests = {path.name: calibrate.text_tokens(args.model, path, args.chunks, CONTEXT)[0] for path in args.test}
+    texts = [
+        tokens_module.text_tokens(args.model, path, args.calib_sequences // len(args.calib), CONTEXT)
+        for path in args.calib
+    ]
+    tokens, digests = (
+        torch.cat([t for t, _ in texts]),
+        {path.name: digest for path, (_, digest) in zip(args.calib, texts, strict=True)},
+    )
+    tests = {path.name: tokens_module.text_tokens(args.model, path, args.chunks, CONTEXT)[0] for path in args.test}
     # Half precision: 48 chunks of a large vocabulary are what takes memory here.
     references = {name: [p.half() for p in log_probabilities(model, chunks)] for name, chunks in tests.items()}
     start = time.monotonic()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, convert.full_precision(args.model, Path(folder)) as file:
-        sequences, weights = hessian.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
+        sequences, weights = tokens_module.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
         activations = calibrate.Activations(Blocks(calibrated, tokens[:1]), sequences, len(tokens), Path(folder))
         activations.run(calibrate.Squares())
         names = [name for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
@@ -381,7 +425,9 @@ def main() -> None:
         for name in sorted(calibration.place, key=calibration.place.__getitem__):
             weight = convert.load_weight(file, name, "cpu")
             layers[name] = Layer(weight, calibration.of(name))
-        imatrix = Imatrix({name: Entry(layer.importance[None].numpy(), np.ones(1, np.float32)) for name, layer in layers.items()})
+        imatrix = Imatrix(
+            {name: Entry(layer.importance[None].numpy(), np.ones(1, np.float32)) for name, layer in layers.items()}
+        )
         synthetic = SyntheticMoments(file, imatrix, seed=args.seed)
         for name, layer in layers.items():
             moments = synthetic.of(name)
@@ -396,9 +442,19 @@ def main() -> None:
                 quantize_model(row, calibration, layers, args.seed)
             seconds = time.monotonic() - start
             divergences = {text: divergence(model, chunks, references[text]) for text, chunks in tests.items()}
-            results.append({"name": row.name, "bits_per_weight": row.bits_per_weight, "seconds": seconds, "divergence": divergences})
+            results.append(
+                {
+                    "name": row.name,
+                    "bits_per_weight": row.bits_per_weight,
+                    "seconds": seconds,
+                    "divergence": divergences,
+                }
+            )
             write(args, digests, calibration_seconds, results)
-            figures = "  ".join(f"{text} {d['mean']:.5f} ± {d['standard_error']:.5f}, top {d['same_top']:.2%}" for text, d in divergences.items())
+            figures = "  ".join(
+                f"{text} {d['mean']:.5f} ± {d['standard_error']:.5f}, top {d['same_top']:.2%}"
+                for text, d in divergences.items()
+            )
             print(f"{row.name:30} {row.bits_per_weight:6.3f}  {figures}  ({seconds:.0f} s)", flush=True)
 
 

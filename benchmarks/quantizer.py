@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from cpu import SHAPES, make_model
 
-from aaac_gguf import llama
-from aaac_gguf.imatrix import Entry, Imatrix, write_imatrix
+from aaac_gguf.files.imatrix import Entry, Imatrix, write_imatrix
+from aaac_gguf.llama import tools
 
 
 def write_importance(path: Path, shape: str) -> None:
@@ -61,14 +61,26 @@ def main() -> None:
         imatrix, out = Path(folder) / "imatrix.gguf", str(Path(folder) / "out.gguf")
         write_importance(imatrix, args.shape)
         ours = [sys.executable, "-m", "aaac_gguf", "convert", str(source), "-o", out, "--imatrix", str(imatrix)]
-        stock = [str(llama.tool("llama-quantize")), "--imatrix", str(imatrix), "--token-embedding-type", "q6_K", "--pure", str(source), out]
+        stock = [
+            str(tools.tool("llama-quantize")),
+            "--imatrix",
+            str(imatrix),
+            "--token-embedding-type",
+            "q6_K",
+            "--pure",
+            str(source),
+            out,
+        ]
         commands = {"aaac-gguf convert, AAAC4_G16": ours, "the same, --no-feedback": [*ours, "--no-feedback"]}
         if not args.only_convert:
             commands["llama-quantize, IQ4_NL"] = [*stock, "IQ4_NL", str(args.threads)]
         for _ in range(args.rounds):
             for name, command in commands.items():
                 results.setdefault(name, []).append(timed(command, args.threads))
-                print(f"{name:30} {results[name][-1]['seconds']:7.1f} s, peak {results[name][-1]['peak_bytes'] / 2**30:.2f} GiB", flush=True)
+                print(
+                    f"{name:30} {results[name][-1]['seconds']:7.1f} s, peak {results[name][-1]['peak_bytes'] / 2**30:.2f} GiB",
+                    flush=True,
+                )
     for name, runs in results.items():
         print(f"{name:30} median {statistics.median(r['seconds'] for r in runs):.1f} s of {len(runs)}")
     everything = json.loads(args.out.read_text()) if args.out.is_file() else {}

@@ -9,8 +9,9 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-from aaac_gguf import format as fmt
-from aaac_gguf.gguf_io import GgufFile, TensorInfo, Value, codec_values, field_values, write
+from aaac_gguf.files import format as fmt
+from aaac_gguf.files.gguf import GgufFile, TensorInfo, Value, codec_values, field_values
+from aaac_gguf.files.output import write
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ def grow(source: GgufFile, shape: Shape, out: Path) -> None:
             origin[new] = name
             if name in source.codecs:
                 codecs[new] = source.codecs[name]
-    metadata = {key: value for key, value in field_values(source.fields).items() if not key.startswith("aaac.") or key == fmt.KEY_QUANTIZER}
+    metadata = {
+        key: value
+        for key, value in field_values(source.fields).items()
+        if not key.startswith("aaac.") or key == fmt.KEY_QUANTIZER
+    }
     metadata["llama.block_count"] = Value(shape.n_layers, GGUFValueType.UINT32)
     metadata |= codec_values(codecs) if codecs else {}
 

@@ -12,7 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from aaac_gguf import llama, patch
+from aaac_gguf import resources
+from aaac_gguf.llama import build as llama
+from aaac_gguf.llama import patch
 
 
 def main() -> int:
@@ -20,12 +22,17 @@ def main() -> int:
     if not versions or versions[0].startswith("-"):
         print(__doc__.strip(), file=sys.stderr)
         return 2
-    llama.cache_dir().mkdir(parents=True, exist_ok=True)
+    resources.cache_dir().mkdir(parents=True, exist_ok=True)
     pinned, n_hunks, rejects = patch.upstream().version, len(patch.hunks()), []
-    print(f"{patch.summary()}; made for {pinned}\n\n| llama-cpp-python | insertions that fit | that do not |\n|---|---|---|")
+    print(
+        f"{patch.summary()}; made for {pinned}\n\n| llama-cpp-python | insertions that fit | that do not |\n|---|---|---|"
+    )
     for version in versions:
         with tempfile.TemporaryDirectory(prefix="aaac-versions-") as scratch:
-            base, tree = (llama.unpack(llama.download(v), Path(scratch) / folder) for v, folder in ((pinned, "pinned"), (version, "tree")))
+            base, tree = (
+                llama.unpack(llama.download(v), Path(scratch) / folder)
+                for v, folder in ((pinned, "pinned"), (version, "tree"))
+            )
             failed = patch.apply(tree, base)
         print(f"| {version} | {n_hunks - len(failed)} of {n_hunks} | {len(failed)} |", flush=True)
         rejects += [f"{version}  {hunk}" for hunk in failed]

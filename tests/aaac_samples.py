@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from aaac_gguf.format import G16, G32, G128, AaacType, Codec, pack
+from aaac_gguf.files.format import G16, G32, G128, AaacType, Codec, pack
 
 # asymmetric, unlike, and at both ends of int8's symmetric range
 BOOKS = np.array(
@@ -25,7 +25,13 @@ def every_combination(qtype: AaacType) -> np.ndarray:
     for code in range(qtype.n_scale_codes):
         indices = np.resize(np.arange(16, dtype=np.uint8), 256)
         selectors = np.resize(np.array([0, 1], dtype=np.uint8), 16)
-        rows.append((rng.permuted(indices.reshape(16, 16), axis=1).reshape(-1), selectors, np.full(256 // qtype.group_size, code, np.uint8)))
+        rows.append(
+            (
+                rng.permuted(indices.reshape(16, 16), axis=1).reshape(-1),
+                selectors,
+                np.full(256 // qtype.group_size, code, np.uint8),
+            )
+        )
     indices, selectors, codes = (np.stack(x) for x in zip(*rows, strict=True))
     return pack(qtype, indices, selectors, codes)
 
@@ -46,14 +52,24 @@ def hand_written(qtype: AaacType) -> tuple[np.ndarray, np.ndarray]:
     index_bytes = np.arange(32, dtype=np.uint8) * 7 + 3  # both nibbles vary
     low, high = index_bytes & 15, index_bytes >> 4
     run = np.concatenate([low, high])
-    f = {0: 0.0, 1: 1.125, 9: 2.25, 63: 2.0**7 * 1.875, 127: 2.0**15 * 1.875}  # 2^(i >> 3) * (1 + (i & 7) / 8), but 0 for 0
+    f = {
+        0: 0.0,
+        1: 1.125,
+        9: 2.25,
+        63: 2.0**7 * 1.875,
+        127: 2.0**15 * 1.875,
+    }  # 2^(i >> 3) * (1 + (i & 7) / 8), but 0 for 0
     book0, book1 = BOOKS.astype(np.float64)
     if qtype is G16:
         header = [0x00, 0x80 | 1, 9, 0x80 | 127]
-        weights = np.concatenate([f[0] * book0[run[:16]], f[1] * book1[run[16:32]], f[9] * book0[run[32:48]], f[127] * book1[run[48:]]])
+        weights = np.concatenate(
+            [f[0] * book0[run[:16]], f[1] * book1[run[16:32]], f[9] * book0[run[32:48]], f[127] * book1[run[48:]]]
+        )
     elif qtype is G32:
         header = [0x80 | 9, 0x40 | 63]
-        weights = np.concatenate([f[9] * book0[run[:16]], f[9] * book1[run[16:32]], f[63] * book1[run[32:48]], f[63] * book0[run[48:]]])
+        weights = np.concatenate(
+            [f[9] * book0[run[:16]], f[9] * book1[run[16:32]], f[63] * book1[run[32:48]], f[63] * book0[run[48:]]]
+        )
     else:
         assert qtype is G128
         header = [9, 0b0101_0110]

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from aaac_gguf import cli, demo, llama
-from aaac_gguf import format as fmt
+from aaac_gguf import cli, resources
 from aaac_gguf.errors import AaacError
-from aaac_gguf.gguf_io import GgufFile
-from aaac_gguf.patch import shipped
-from aaac_gguf.source import full_precision
+from aaac_gguf.files import format as fmt
+from aaac_gguf.files.gguf import GgufFile
+from aaac_gguf.llama import build as llama
+from aaac_gguf.models.source import full_precision
+from aaac_gguf.resources import shipped
 
 # Threads that spin while other programs run cost more than they give to models this small.
 torch.set_num_threads(1)
@@ -30,7 +31,12 @@ def random_codec(rng: np.random.Generator, m: int = 3) -> fmt.Codec:
     return fmt.Codec(books.astype(np.int8), float(np.float32(rng.uniform(1e-4, 1e-2))), m)
 
 
-def write_source(path: Path, tensors: dict[str, np.ndarray], architecture: str = "llama", settings: Mapping[str, int | float] | None = None) -> Path:
+def write_source(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    architecture: str = "llama",
+    settings: Mapping[str, int | float] | None = None,
+) -> Path:
     """A full-precision GGUF of no real model: enough for everything that does not run it. settings: numbers of the architecture's metadata."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("made by a test")
@@ -88,7 +94,7 @@ def patched() -> Path:
 @pytest.fixture(scope="session")
 def demo_full(llama_source: Path, tmp_path_factory: pytest.TempPathFactory):
     """The bundled model as a full-precision GGUF, open."""
-    with full_precision(demo.MODEL, tmp_path_factory.mktemp("full")) as file:
+    with full_precision(resources.MODEL, tmp_path_factory.mktemp("full")) as file:
         yield file
 
 
@@ -103,7 +109,7 @@ def host_library(source: str, folder: Path) -> ctypes.CDLL:
         pytest.skip("g++ is not installed")
     library = folder / "libhost.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{shipped('cuda_kernels')}"]
-    subprocess.run(["g++", *flags, "-o", library, Path(__file__).parent / source], check=True)
+    subprocess.run(["g++", *flags, "-o", library, Path(__file__).parent / "emulation" / source], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -19,10 +19,14 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-with atheris.instrument_imports(include=["aaac_gguf.format", "aaac_gguf.gguf_io", "aaac_gguf.imatrix", "aaac_gguf.report", "gguf.gguf_reader"]):
-    from aaac_gguf import format as fmt
-    from aaac_gguf import gguf_io, imatrix, report
+with atheris.instrument_imports(
+    include=["aaac_gguf.format", "aaac_gguf.gguf_io", "aaac_gguf.imatrix", "aaac_gguf.report", "gguf.gguf_reader"]
+):
     from aaac_gguf.errors import AaacError
+    from aaac_gguf.files import format as fmt
+    from aaac_gguf.files import gguf as gguf_io
+    from aaac_gguf.files import imatrix
+    from aaac_gguf.reporting import tables as report
 
 import hostile  # last: what it imports must have been instrumented
 

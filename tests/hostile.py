@@ -17,9 +17,9 @@ from aaac_samples import codec, random_blocks
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 
-from aaac_gguf import format as fmt
-from aaac_gguf import gguf_io
-from aaac_gguf.gguf_io import Metadata, TensorInfo, Value
+from aaac_gguf.files import format as fmt
+from aaac_gguf.files import gguf as gguf_io
+from aaac_gguf.files.gguf import Metadata, TensorInfo, Value
 
 N_EMBD, N_VOCAB = 128, 64
 
@@ -152,7 +152,31 @@ def _lie_once(data: bytes, kinds: dict[str, list[Place]], rng: random.Random) ->
         new = new[: place.size].ljust(place.size, b"x")
     else:
         n, bits = int.from_bytes(old, "little"), 8 * place.size
-        few = [0, 1, 2, 3, 8, 9, 13, 39, 40, 64, 79, 80, 81, 82, 83, n + 1, n - 1, 2 * n, n + 64, n + 32, -n, len(data), len(data) // 2]
+        few = [
+            0,
+            1,
+            2,
+            3,
+            8,
+            9,
+            13,
+            39,
+            40,
+            64,
+            79,
+            80,
+            81,
+            82,
+            83,
+            n + 1,
+            n - 1,
+            2 * n,
+            n + 64,
+            n + 32,
+            -n,
+            len(data),
+            len(data) // 2,
+        ]
         many = [(1 << k) + step for k in (7, 8, 15, 16, 20, 24, 31, 32, 40, 62, 63, 64) for step in (-1, 0)]
         new = (rng.choice([*few, *many, rng.getrandbits(bits)]) % (1 << bits)).to_bytes(place.size, "little")
         if place.size == 4 and kind == "value" and rng.random() < 0.3:
@@ -176,7 +200,9 @@ def splice(data: bytes, rng: random.Random) -> bytes:
     """A run of bytes of the header is lost, said twice or overwritten with another one."""
     size = header_size(data)
     a, b, n = rng.randrange(size), rng.randrange(size), rng.randrange(1, 64)
-    return rng.choice([data[:a] + data[a + n :], data[:a] + data[b : b + n] + data[a:], data[:a] + data[b : b + n] + data[a + n :]])
+    return rng.choice(
+        [data[:a] + data[a + n :], data[:a] + data[b : b + n] + data[a:], data[:a] + data[b : b + n] + data[a + n :]]
+    )
 
 
 def noise(data: bytes, rng: random.Random) -> bytes:
@@ -200,11 +226,20 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 def change(kv: Metadata, rng: random.Random) -> Metadata:
     """Metadata in which one aaac.* key is missing, of another type, of another length, repeated, reordered or out of range."""
-    key = rng.choice([fmt.KEY_VERSION, fmt.KEY_TENSOR_NAMES, fmt.KEY_CODEBOOKS, fmt.KEY_SCALE_BASE, fmt.KEY_SCALE_MANTISSA_BITS])
+    key = rng.choice(
+        [fmt.KEY_VERSION, fmt.KEY_TENSOR_NAMES, fmt.KEY_CODEBOOKS, fmt.KEY_SCALE_BASE, fmt.KEY_SCALE_MANTISSA_BITS]
+    )
     kv, old = dict(kv), kv[key]
     if key == fmt.KEY_VERSION or rng.random() < 0.15:
         new = rng.choice(
-            [None, Value(2, V.UINT32), Value("1", V.STRING), Value(1, V.UINT64), Value([1], V.ARRAY, V.UINT32), Value([], V.ARRAY, V.STRING)]
+            [
+                None,
+                Value(2, V.UINT32),
+                Value("1", V.STRING),
+                Value(1, V.UINT64),
+                Value([1], V.ARRAY, V.UINT32),
+                Value([], V.ARRAY, V.STRING),
+            ]
         )
     else:
         items = list(old.value)
@@ -235,7 +270,12 @@ def misplaced(rng: random.Random) -> bytes:
     """A valid file in which a vector, or a matrix that llama.cpp wants in F32, is of an AAAC type."""
     kv, infos, data = tiny_model(2)
     kv = dict(kv)
-    places = {"blk.0.attn_q.bias": (N_EMBD,), "rope_freqs.weight": (N_EMBD,), "blk.0.ffn_up_exps.bias": (2, N_EMBD), "blk.0.attn_q.scale": (N_EMBD,)}
+    places = {
+        "blk.0.attn_q.bias": (N_EMBD,),
+        "rope_freqs.weight": (N_EMBD,),
+        "blk.0.ffn_up_exps.bias": (2, N_EMBD),
+        "blk.0.attn_q.scale": (N_EMBD,),
+    }
     places |= {t.name: t.shape for t in infos if t.type == T.F32}
     name, qtype = rng.choice(sorted(places)), rng.choice([fmt.G16, fmt.G32, fmt.G128])
     kept = [(t, block) for t, block in zip(infos, data, strict=True) if t.name != name]

@@ -18,10 +18,14 @@ from gguf import GGUFValueType as V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aaac_gguf import calibrate, cli, demo, gguf_io, imatrix, report
-from aaac_gguf import format as fmt
+from aaac_gguf import cli, resources
+from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.errors import AaacError
-from aaac_gguf.gguf_io import TensorInfo, Value
+from aaac_gguf.files import format as fmt
+from aaac_gguf.files import gguf as gguf_io
+from aaac_gguf.files import imatrix
+from aaac_gguf.files.gguf import TensorInfo, Value
+from aaac_gguf.reporting import tables as report
 
 HYPOTHESIS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -68,7 +72,9 @@ def test_lies_about_sizes_allocate_nothing(tmp_path):
                 continue
             for n in (2**31, 2**62, 2**64 - 1):
                 path.write_bytes(
-                    data[: place.offset] + (n % 2 ** (8 * place.size)).to_bytes(place.size, "little") + data[place.offset + place.size :]
+                    data[: place.offset]
+                    + (n % 2 ** (8 * place.size)).to_bytes(place.size, "little")
+                    + data[place.offset + place.size :]
                 )
                 tracemalloc.reset_peak()
                 with pytest.raises(AaacError):
@@ -88,7 +94,12 @@ def test_many_names_with_the_last_one_twice_end_at_once(tmp_path):
 def test_many_dimensions_are_refused_before_they_are_multiplied(tmp_path):
     n = 200_000
     path = tmp_path / "bad.gguf"
-    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + struct.pack("<Q1sI", 1, b"t", n) + b"\xff" * 8 * n + struct.pack("<IQ", 0, 0))
+    path.write_bytes(
+        struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
+        + struct.pack("<Q1sI", 1, b"t", n)
+        + b"\xff" * 8 * n
+        + struct.pack("<IQ", 0, 0)
+    )
     with pytest.raises(AaacError, match="has 200000 dimensions, not 1 to 4"):
         gguf_io.read(path)
 
@@ -106,7 +117,12 @@ def test_offsets_beyond_32_bits_with_an_alignment_key(tmp_path):
 
 def test_control_characters_in_names_stay_on_one_line(tmp_path):
     kv, infos, data = hostile.tiny_model()
-    kv = {**kv, fmt.KEY_TENSOR_NAMES: kv[fmt.KEY_TENSOR_NAMES]._replace(value=["a\nb\x1b[31m", *kv[fmt.KEY_TENSOR_NAMES].value[1:]])}
+    kv = {
+        **kv,
+        fmt.KEY_TENSOR_NAMES: kv[fmt.KEY_TENSOR_NAMES]._replace(
+            value=["a\nb\x1b[31m", *kv[fmt.KEY_TENSOR_NAMES].value[1:]]
+        ),
+    }
     path = tmp_path / "bad.gguf"
     path.write_bytes(hostile.render({**kv, fmt.KEY_SCALE_BASE: Value([0.0] * 8, V.ARRAY, V.FLOAT32)}, infos, data))
     with pytest.raises(AaacError) as e:
@@ -139,9 +155,14 @@ def test_text_that_is_not_utf8_is_refused_on_reading(tmp_path):
 
 
 def imatrix_files(folder: Path) -> tuple[bytes, bytes]:
-    entries = {"a.weight": imatrix.Entry(np.ones((1, 8), "f4"), np.ones(1, "f4")), "e.weight": imatrix.Entry(np.ones((2, 4), "f4"), np.ones(2, "f4"))}
+    entries = {
+        "a.weight": imatrix.Entry(np.ones((1, 8), "f4"), np.ones(1, "f4")),
+        "e.weight": imatrix.Entry(np.ones((2, 4), "f4"), np.ones(2, "f4")),
+    }
     imatrix.write_imatrix(folder / "imatrix.gguf", imatrix.Imatrix(entries, ["x"], 3, 512))
-    dat = struct.pack("<i", 2) + 2 * (struct.pack("<i1sii", 1, b"a", 3, 8) + bytes(32)) + struct.pack("<ii1s", 3, 1, b"x")
+    dat = (
+        struct.pack("<i", 2) + 2 * (struct.pack("<i1sii", 1, b"a", 3, 8) + bytes(32)) + struct.pack("<ii1s", 3, 1, b"x")
+    )
     return (folder / "imatrix.gguf").read_bytes(), dat
 
 
@@ -154,7 +175,11 @@ def test_hostile_importance_files_are_read_or_refused(tmp_path, seed, form):
         data = hostile.mutate(data, rng)
     else:
         at = 4 * rng.randrange(len(data) // 4)
-        data = data[:at] + struct.pack("<i", rng.choice([0, -1, 1, 2**31 - 1, -(2**31), 9])) + data[at + 4 : rng.randrange(at, 2 * len(data))]
+        data = (
+            data[:at]
+            + struct.pack("<i", rng.choice([0, -1, 1, 2**31 - 1, -(2**31), 9]))
+            + data[at + 4 : rng.randrange(at, 2 * len(data))]
+        )
     path.write_bytes(data)
     try:
         read = imatrix.read_imatrix(path)
@@ -175,7 +200,9 @@ def test_the_fuzzer_runs():
     if not find_spec("atheris"):
         pytest.skip("atheris is not installed (pip install atheris)")
     script = Path(__file__).with_name("fuzz_reader.py")
-    result = subprocess.run([sys.executable, script, "--seconds", "2"], capture_output=True, text=True, errors="replace")
+    result = subprocess.run(
+        [sys.executable, script, "--seconds", "2"], capture_output=True, text=True, errors="replace"
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "stat::number_of_executed_units" in result.stderr
 
@@ -220,7 +247,9 @@ BAD_FILES = {
     "cut in the header": damaged(lambda data: data[:500]),
     "cut in the data": damaged(lambda data: data[:-2000]),
     "no tensors": kv_only,
-    "wrong type id": damaged(lambda data: data.replace(struct.pack("<QQI", 128, 64, 80), struct.pack("<QQI", 128, 64, 79))),
+    "wrong type id": damaged(
+        lambda data: data.replace(struct.pack("<QQI", 128, 64, 80), struct.pack("<QQI", 128, 64, 79))
+    ),
 }
 VERBS = {
     "convert": lambda bad, good: ["convert", bad, "-o", bad.parent / "out"],
@@ -251,7 +280,7 @@ def test_bad_texts(kind, tmp_path):
     bad = tmp_path / "bad"
     BAD_FILES[kind](bad)
     with pytest.raises(AaacError) as e:
-        calibrate.text_tokens(demo.MODEL, bad, 1, 8)
+        tokens_module.text_tokens(resources.MODEL, bad, 1, 8)
     assert str(e.value).startswith(f"--calib {bad}: ")
 
 
@@ -284,7 +313,9 @@ def test_a_source_with_an_empty_array_converts(tmp_path, rng):
     """The gguf library refuses to write empty arrays, llama.cpp does not."""
     kv = {"general.architecture": Value("llama", V.STRING), "general.tags": Value([], V.ARRAY, V.STRING)}
     weight = rng.normal(size=(4, 64)).astype("<f4")
-    (tmp_path / "a.gguf").write_bytes(gguf_io.render_header(kv, [TensorInfo("a.weight", (4, 64), T.F32)]) + weight.tobytes())
+    (tmp_path / "a.gguf").write_bytes(
+        gguf_io.render_header(kv, [TensorInfo("a.weight", (4, 64), T.F32)]) + weight.tobytes()
+    )
     assert cli.main(["convert", str(tmp_path / "a.gguf"), "-o", str(tmp_path / "b.gguf")]) == 0
     field = gguf.GGUFReader(tmp_path / "b.gguf").fields["general.tags"]
     assert (field.types, field.contents()) == ([V.ARRAY], [])

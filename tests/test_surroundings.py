@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 from conftest import write_source
 
-from aaac_gguf import cli, gguf_io, llama, writer
+from aaac_gguf import cli
 from aaac_gguf.errors import AaacError
+from aaac_gguf.files import gguf as gguf_io
+from aaac_gguf.files import output
+from aaac_gguf.files import output as writer
+from aaac_gguf.llama import build as llama
 
 
 class FullDisk:
@@ -38,7 +42,9 @@ class FullDisk:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("verb", "module", "opener"), [("convert", writer, "open"), ("dequantize", gguf_io, "open_alone")])
+@pytest.mark.parametrize(
+    ("verb", "module", "opener"), [("convert", writer, "open"), ("dequantize", gguf_io, "open_alone")]
+)
 def test_a_full_disk(verb, module, opener, source, tmp_path, monkeypatch, refused):
     opened = getattr(module, opener, open)
     monkeypatch.setattr(module, opener, lambda *args: FullDisk(opened(*args)), raising=False)
@@ -55,7 +61,10 @@ def test_a_limit_on_file_sizes(source, tmp_path):
 
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == f"aaac-gguf: error: {tmp_path / 'out.gguf'}: cannot be written: File too large; choose another output"
+    assert (
+        result.stderr.splitlines()[-1]
+        == f"aaac-gguf: error: {tmp_path / 'out.gguf'}: cannot be written: File too large; choose another output"
+    )
     assert all(".partial" in p.name for p in tmp_path.iterdir() if p.name != "source.gguf")
 
 
@@ -70,7 +79,7 @@ def test_two_conversions_into_one_output(source, tmp_path, refused):
 def _write_often(path: Path, letter: bytes, times: int) -> None:
     for _ in range(times):
         try:
-            with gguf_io.atomic(path) as f:
+            with output.atomic(path) as f:
                 for _ in range(10):
                     f.write(letter * 1000)
                     f.flush()
@@ -158,7 +167,7 @@ def test_a_lock_on_a_file_that_is_gone_does_not_count(tmp_path, monkeypatch):
 
     moved = tmp_path / "out"
     monkeypatch.setattr(fcntl, "flock", late)
-    with gguf_io.open_alone(path) as f:
+    with output.open_alone(path) as f:
         f.write(b"x")
     assert moved.read_bytes() == b""
     assert path.read_bytes() == b"x"

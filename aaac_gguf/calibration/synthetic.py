@@ -1,0 +1,175 @@
+"""Second moments for error feedback where no model runs: what the weights and an importance matrix say of every matrix's inputs.
+
+An importance matrix holds the mean of x_k^2 of every input channel k, the diagonal of `H = E[x x^T]`. How channels go together is in the weights:
+the residual stream is the sum of embeddings and of all that the blocks before have added to it. So random tokens go through the blocks, which are
+known by the names of their tensors. Which tokens attend to which nobody knows, so each head attends at random. Before each matrix every channel is
+scaled to the mean square that the importance matrix has of it.
+
+What a block has besides attention and a dense feed-forward network adds nothing here, and has no moments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..files.gguf import GgufFile, block_number
+from ..files.imatrix import Imatrix
+from ..models.weights import load_weight
+from ..quantizer.moments import Moments
+
+N_TOKENS = 8192
+DOUBT = 0.05  # the share of every correlation that would not be believed of any number of tokens
+ATTENDED, SCORE_DEVIATION = 8, 4.0  # every head sees so many tokens, with the softmax of normal scores
+
+_NORM_EPSILON = 1e-5
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # what multiplies the normalised residual stream
+_FEED_FORWARD = ("ffn_gate", "ffn_up")
+
+
+class SyntheticMoments:
+    """Second moments by GGUF tensor, to be asked for in the order of the blocks: in memory is what one block computes."""
+
+    def __init__(self, file: GgufFile, imatrix: Imatrix, device: str = "cpu", seed: int = 0):
+        """file: the full-precision model; imatrix: may lack tensors, whose inputs are taken as they come."""
+        self.file, self.shapes, self.imatrix, self.device = file, file.shapes, imatrix, device
+        self.n_blocks = 1 + max(block_number(name, -1) for name in self.shapes)
+        self.position = 0
+        self.inputs: dict[str, Tensor] = {}  # float32 [N_TOKENS, K] by tensor, of the block before `position`
+        n_vocab, width = self.shapes["token_embd.weight"]
+        self.generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(n_vocab, (N_TOKENS,), generator=self.generator)
+        # Gemma's factor is in no metadata.
+        factor = width**0.5 if file.architecture.startswith("gemma") else self._setting("embedding_scale", 1.0)
+        self.residual = load_weight(file, "token_embd.weight", device, drawn) * factor
+
+    def of(self, name: str) -> Moments | None:
+        """The moments of a tensor's inputs; None where nothing is known of them. Raises ValueError for a block that has gone by."""
+        number = self.n_blocks if name == "output.weight" else block_number(name, -1)
+        if number < 0:
+            return None
+        if number < self.position - 1:
+            raise ValueError(f"{name}: block {number} has gone by")
+        while self.position <= number:
+            self.inputs.clear()
+            if self.position < self.n_blocks:
+                self._run_block(f"blk.{self.position}.")
+            else:
+                self._input(["output"], self._normalised(self.residual, "output_norm"))
+            self.position += 1
+        if name not in self.inputs:
+            return None
+        x = self.inputs[name]
+        moments = x.T @ x / len(x)
+        diagonal = moments.diagonal().clone()
+        moments *= (
+            (1 - DOUBT) * len(x) / sum(x.shape)
+        )  # as if as many tokens as there are channels had shown no correlation at all
+        moments.diagonal().copy_(diagonal)
+        return Moments(moments, None)
+
+    def _run_block(self, block: str) -> None:
+        """Let the residual stream go through a block, and keep what its matrices multiply."""
+        scale = self._setting("residual_scale", 1.0)
+        # In some architectures `post_attention_norm` is what others call `ffn_norm`. Without either the two halves of a block work side by side.
+        has_ffn_norm, has_post_norm = self._has(block + "ffn_norm"), self._has(block + "post_attention_norm")
+        before = self.residual
+        x = self._input([block + stem for stem in _ATTENTION], self._normalised(before, block + "attn_norm"))
+        heads = self._heads(block, x)
+        if heads is not None:
+            out = self._product(self._input([block + "attn_output"], heads), block + "attn_output")
+            if has_ffn_norm and has_post_norm:
+                out = self._normalised(out, block + "post_attention_norm")
+            self.residual = self.residual + scale * out
+        if not self._has(block + "ffn_up", before.shape[1]) or not self._writes(block + "ffn_down"):
+            return
+        norm = "ffn_norm" if has_ffn_norm else "post_attention_norm" if has_post_norm else "attn_norm"
+        source = self.residual if has_ffn_norm or has_post_norm else before
+        x = self._input([block + stem for stem in _FEED_FORWARD], self._normalised(source, block + norm))
+        out = self._product(self._input([block + "ffn_down"], self._activated(block, x)), block + "ffn_down")
+        if self._has(block + "post_ffw_norm"):
+            out = self._normalised(out, block + "post_ffw_norm")
+        self.residual = self.residual + scale * out
+
+    def _heads(self, block: str, x: Tensor) -> Tensor | None:
+        """What `attn_output` multiplies, for the inputs x of attention: every head's mixture of values, of other tokens for other heads."""
+        if not self._writes(block + "attn_output"):
+            return None
+        width = self.shapes[block + "attn_output.weight"][1]
+        if self._has(block + "attn_v", x.shape[1]):
+            values = self._product(x, block + "attn_v")
+        elif self._has(block + "attn_qkv", x.shape[1]):
+            values = self._product(x, block + "attn_qkv")
+            values = values[
+                :, (values.shape[1] + width) // 2 :
+            ]  # behind as many keys, and queries that are as wide as the heads
+        else:
+            return None
+        n_groups = int(self._setting("attention.head_count_kv", self._setting("attention.head_count", 1)))
+        if not n_groups or values.shape[1] % n_groups or width % values.shape[1]:
+            return None
+        grouped = values.view(N_TOKENS, n_groups, 1, -1)
+        n_heads = width // values.shape[1]  # of a group
+        scores = SCORE_DEVIATION * torch.randn(N_TOKENS, n_groups, n_heads, ATTENDED, generator=self.generator)
+        attention = scores.softmax(-1).to(x.device)
+        out = torch.zeros(N_TOKENS, n_groups, n_heads, grouped.shape[-1], device=x.device)
+        for i, weight in enumerate(attention.unbind(-1)):
+            # Tokens are drawn at random, so the i-th before each is one.
+            seen = torch.cat([grouped.roll(ATTENDED * head + i, 0) for head in range(n_heads)], 2)
+            out += weight[..., None] * seen
+        return out.view(N_TOKENS, width)
+
+    def _activated(self, block: str, x: Tensor) -> Tensor:
+        """What `ffn_down` multiplies, for the inputs x of the feed-forward network."""
+        up = self._product(x, block + "ffn_up")
+        if self._has(block + "ffn_gate"):
+            return torch.nn.functional.silu(self._product(x, block + "ffn_gate")) * up
+        if up.shape[1] == 2 * self.shapes[block + "ffn_down.weight"][1]:  # both in one
+            gate, up = up.chunk(2, 1)
+            return torch.nn.functional.silu(gate) * up
+        return torch.nn.functional.gelu(up)
+
+    def _input(self, stems: list[str], x: Tensor) -> Tensor:
+        """Scale x [n, K] to the importance that those of the matrices that there are have in common, and keep it for them."""
+        names = [f"{stem}.weight" for stem in stems if self._has(stem, x.shape[1])]
+        entry = next((self.imatrix.entries[name] for name in names if name in self.imatrix.entries), None)
+        if entry:
+            wanted = torch.from_numpy(entry.importance()).to(x)
+            x = x * (wanted / x.square().mean(0).clamp_min(torch.finfo(x.dtype).tiny)).sqrt()
+        self.inputs |= dict.fromkeys(names, x)
+        return x
+
+    def _normalised(self, x: Tensor, stem: str) -> Tensor:
+        """LayerNorm where it has a bias, else RMSNorm."""
+        bias = self._vector(f"{stem}.bias")
+        if bias is not None:
+            x = x - x.mean(1, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + _NORM_EPSILON)
+        weight = self._vector(f"{stem}.weight")
+        if weight is not None:
+            x = x * weight
+        return x if bias is None else x + bias
+
+    def _product(self, x: Tensor, stem: str) -> Tensor:
+        out = x @ load_weight(self.file, f"{stem}.weight", self.device).T
+        self.file.release()
+        bias = self._vector(f"{stem}.bias")
+        return out if bias is None else out.add_(bias)
+
+    def _has(self, stem: str, n_inputs: int | None = None) -> bool:
+        """Whether there is such a weight, and a matrix of so many inputs if that is asked."""
+        shape = self.shapes.get(f"{stem}.weight")
+        return shape is not None and (n_inputs is None or (len(shape) == 2 and shape[1] == n_inputs))
+
+    def _writes(self, stem: str) -> bool:
+        """Whether there is such a matrix whose outputs the residual stream can take up."""
+        shape = self.shapes.get(f"{stem}.weight", ())
+        return len(shape) == 2 and shape[0] == self.residual.shape[1]
+
+    def _vector(self, name: str) -> Tensor | None:
+        return load_weight(self.file, name, self.device) if name in self.shapes else None
+
+    def _setting(self, key: str, default: float) -> float:
+        """A number of the architecture's metadata; of an array the value for the block at `position`."""
+        value = self.file.setting(key, default)
+        return float(value[self.position] if isinstance(value, list) else value)

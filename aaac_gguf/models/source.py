@@ -1,0 +1,78 @@
+"""What a conversion starts from: a folder, a GGUF or a name on the Hugging Face Hub becomes one open full-precision GGUF."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import AaacError
+from ..files.gguf import GgufFile, read, read_model
+from ..llama import tools
+from . import checkpoint
+
+HUB = "hf://"
+# Configuration, tokenizer, weights, and the model card, of which llama.cpp's converter takes the licence.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md"]
+_NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights in other formats
+
+# What a GGUF file is that is no language model, by general.type.
+_OTHER_FILES = {
+    "mmproj": "a vision or audio projector, which AAAC leaves as it is; give it to llama.cpp beside the model with --mmproj, and convert the model",
+    "adapter": "a LoRA adapter, which AAAC leaves as it is; merge it into the model, or give it to llama.cpp beside the model with --lora",
+    "imatrix": "an importance matrix; give it with --imatrix",
+}
+
+
+def locate(text: str) -> Path:
+    """The file or folder that a SRC argument names: a path, or `hf://owner/name`, or `owner/name` where no such path exists.
+
+    A model of the Hub is downloaded into huggingface_hub's own cache, with its token and its rules for working offline.
+    """
+    path = Path(text)
+    if not text.startswith(HUB) and (
+        path.exists() or path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)
+    ):
+        return path
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    name = text.removeprefix(HUB)
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES))
+    except errors.GatedRepoError:
+        how = f"accept its terms at https://huggingface.co/{name}, then log in with `hf auth login` or set HF_TOKEN"
+        raise AaacError(f"{text}: access to this model is restricted; {how}") from None
+    except errors.RepositoryNotFoundError:
+        raise AaacError(
+            f"{text}: neither a local path nor a model on the Hugging Face Hub; check the name, or log in with `hf auth login` if it is private"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        raise AaacError(
+            f"{text}: no such local path, the Hugging Face cache does not hold all of it, and the Hub cannot be reached; "
+            "go online (HF_HUB_OFFLINE must not be set) to download it"
+        ) from None
+    except errors.HFValidationError:
+        raise AaacError(f"{text}: not a name on the Hugging Face Hub; expected {HUB}OWNER/NAME") from None
+    except OSError as e:
+        raise AaacError(f"{text}: cannot be downloaded: {checkpoint.one_line(e)}; try again") from None
+
+
+@contextmanager
+def full_precision(source: Path, scratch: Path, header_only: bool = False) -> Iterator[GgufFile]:
+    """The full-precision GGUF of a checkpoint folder or of a GGUF file. A folder's is made in `scratch` and removed after use."""
+    if source.is_file():
+        file = read_model(source)
+        if file.get("general.type", "model") in _OTHER_FILES:
+            raise AaacError(f"{source}: is {_OTHER_FILES[file.get('general.type')]}")
+        yield file
+        return
+    config = checkpoint.check(source)
+    dtype = checkpoint.stored_dtype(config)
+    scratch.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
+        out = Path(folder) / "source.gguf"
+        tools.convert_hf(source, out, "f32" if dtype == "float32" else "auto", header_only)
+        yield read(out)

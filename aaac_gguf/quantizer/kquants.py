@@ -1,0 +1,173 @@
+"""Q5_K and Q6_K, llama.cpp's types for what deserves more than 4.5 bits: the encoders that the gguf library lacks (it has the decoders).
+
+Scales are chosen first, from the weights as they are; quants follow by rounding, or by error feedback (`feedback.feedback_on_steps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as T
+from torch import Tensor
+
+from ..files.format import U8
+
+QK_K = 256  # weights per super-block
+CHUNK = 1 << 22  # weights at a time
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Scales that are chosen: a weight of run g is `step * quant - offset`, a quant a whole number from 0 to n_levels - 1.
+
+    step, offset  float32 [N, K / run]
+    stored        what the blocks hold of them, uint8 [N, K / 256, bytes]
+    """
+
+    step: Tensor
+    offset: Tensor
+    run: int
+    n_levels: int
+    stored: Tensor
+
+    @property
+    def inverse(self) -> Tensor:
+        """1 / step, 0 where the step is."""
+        return torch.where(self.step == 0, 0.0, 1 / self.step)
+
+    def quants(self, weight: Tensor) -> Tensor:
+        """The nearest quants for weights [N, K], uint8 [N, K]."""
+        runs = weight.reshape(*self.step.shape, self.run)
+        return (
+            ((runs + self.offset[..., None]) * self.inverse[..., None])
+            .round()
+            .clamp(0, self.n_levels - 1)
+            .to(torch.uint8)
+            .view(weight.shape)
+        )
+
+    def weights(self, quants: Tensor) -> Tensor:
+        """What quants [N, K] stand for, float32 [N, K]."""
+        runs = quants.reshape(*self.step.shape, self.run).float()
+        return (runs * self.step[..., None] - self.offset[..., None]).view(quants.shape)
+
+
+@dataclass(frozen=True)
+class KQuant:
+    """One type: how its scales are chosen for weights [N, K] under error weights [N, K], and how quants and scales are packed."""
+
+    steps: Callable[[Tensor, Tensor], Steps]
+    pack: Callable[[Tensor, Tensor], Tensor]  # quants uint8 [B, 256], stored [B, bytes] -> blocks [B, block bytes]
+
+    def packed(self, quants: Tensor, steps: Steps) -> U8:
+        """Blocks uint8 [N, row bytes]."""
+        blocks = self.pack(quants.view(-1, QK_K), steps.stored.flatten(0, 1))
+        return blocks.view(len(quants), -1).cpu().numpy()
+
+
+def quantize_rounded(kind: KQuant, weight: Tensor) -> U8:
+    """Blocks uint8 [..., row bytes] of weights [..., K], K a multiple of 256, each rounded to the nearest; larger weights count more (x^2)."""
+    *outer, n_per_row = weight.shape
+    rows = weight.reshape(-1, n_per_row)
+    packed = []
+    for part in rows.split(max(1, CHUNK // n_per_row)):
+        part = part.float()
+        steps = kind.steps(part, part.square())
+        packed.append(kind.packed(steps.quants(part), steps))
+    return np.concatenate(packed).reshape(*outer, -1)
+
+
+def _q6_k_steps(weight: Tensor, error_weight: Tensor) -> Steps:
+    """As `quantize_row_q6_K_ref` in ggml-quants.c: 8-bit scales per 16 weights on a float16 scale per 256."""
+    groups, a = (t.reshape(-1, QK_K // 16, 16) for t in (weight, error_weight))
+    scales = _symmetric_scales(groups, a)
+    # The scale of largest magnitude becomes -128 so that int8's longer side is used.
+    extreme = scales.gather(1, scales.abs().argmax(1, keepdim=True))
+    d = (extreme / -128).half()
+    inv_d = torch.where(d == 0, 0.0, 1 / d.float())
+    codes = (scales * inv_d).round().clamp(-128, 127)
+    step = (d.float() * codes).view(len(weight), -1)
+    stored = torch.cat([codes.to(torch.int8).view(torch.uint8), d.view(torch.uint8)], 1)
+    return Steps(step, 32 * step, 16, 64, stored.view(len(weight), -1, stored.shape[1]))
+
+
+def _symmetric_scales(groups: Tensor, a: Tensor) -> Tensor:
+    """Per group of 16 the scale of least weighted error, of 19 candidates around the largest weight: `make_qx_quants`."""
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best = torch.zeros_like(extreme)
+    best_gain = torch.zeros_like(extreme)
+    for shift in range(-9, 10):
+        inv = torch.where(extreme == 0, 0.0, -(32 + 0.1 * shift) / extreme)
+        q = (groups * inv).round().clamp(-32, 31)
+        dot = (a * groups * q).sum(-1, keepdim=True)
+        norm = (a * q * q).sum(-1, keepdim=True)
+        gain = torch.where(norm > 0, dot * dot / norm, 0.0)
+        best = torch.where(gain > best_gain, dot / norm, best)
+        best_gain = torch.maximum(gain, best_gain)
+    return best.squeeze(-1)
+
+
+def _q6_k_pack(quants: Tensor, stored: Tensor) -> Tensor:
+    q1, q2, q3, q4 = quants.reshape(-1, 2, 4, 32).unbind(2)  # each half of 128: four runs of 32 that share bytes
+    low = torch.cat([q1 & 15 | (q3 & 15) << 4, q2 & 15 | (q4 & 15) << 4], dim=-1)
+    high = q1 >> 4 | q2 >> 4 << 2 | q3 >> 4 << 4 | q4 >> 4 << 6
+    return torch.cat([low.flatten(1), high.flatten(1), stored], dim=1)
+
+
+def _q5_k_steps(weight: Tensor, error_weight: Tensor) -> Steps:
+    """6-bit scales and 6-bit offsets per 32 weights on two float16 per 256; both by least squares around the range, as `make_qkx3_quants`."""
+    groups, a = (t.reshape(-1, QK_K // 32, 32) for t in (weight, error_weight))
+    a = a.clamp_min(torch.finfo(torch.float32).tiny)
+    low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True)
+    span = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+    sw, swx = a.sum(-1, keepdim=True), (a * groups).sum(-1, keepdim=True)
+    best = torch.full_like(span, torch.inf)
+    scale, offset = torch.zeros_like(span), torch.zeros_like(span)
+    for top in (31 + 0.1 * shift for shift in range(-9, 10)):
+        q = ((groups - low) * (top / span)).round().clamp(0, 31)
+        swq, swqq, swqx = (
+            (a * q).sum(-1, keepdim=True),
+            (a * q * q).sum(-1, keepdim=True),
+            (a * q * groups).sum(-1, keepdim=True),
+        )
+        determinant = sw * swqq - swq * swq
+        # x = s q - m by least squares; m = 0 where all weights are one quant, or where it would be negative, which llama.cpp cannot store.
+        s, m = (sw * swqx - swx * swq) / determinant, (swq * swqx - swqq * swx) / determinant
+        alone = (determinant <= 1e-6 * sw * swqq) | (m < 0)
+        s, m = torch.where(alone, swqx / swqq.clamp_min(torch.finfo(torch.float32).tiny), s), torch.where(alone, 0.0, m)
+        error = (a * (s * q - m - groups).square()).sum(-1, keepdim=True)
+        better = (error < best) & (s >= 0)
+        best = torch.where(better, error, best)
+        scale, offset = torch.where(better, s, scale), torch.where(better, m, offset)
+    codes, halves = zip(*(_six_bits(t.squeeze(-1)) for t in (scale, offset)), strict=True)
+    step, shift = ((c.float() * d.float()).view(len(weight), -1) for c, d in zip(codes, halves, strict=True))
+    stored = torch.cat([halves[0].view(torch.uint8), halves[1].view(torch.uint8), _pack_six_bits(*codes)], 1)
+    return Steps(step, shift, 32, 32, stored.view(len(weight), -1, stored.shape[1]))
+
+
+def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Non-negative values [B, 8] as codes uint8 [B, 8] times a float16 [B, 1]."""
+    d = (values.amax(1, keepdim=True) / 63).half()
+    inverse = torch.where(d == 0, 0.0, 1 / d.float())
+    return (values * inverse).round().clamp(0, 63).to(torch.uint8), d
+
+
+def _pack_six_bits(scales: Tensor, offsets: Tensor) -> Tensor:
+    """`get_scale_min_k4` read backwards: 12 bytes of eight scales and eight offsets, uint8 [B, 8] each."""
+    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    second = offsets[:, :4] | offsets[:, 4:] >> 4 << 6
+    return torch.cat([first, second, scales[:, 4:] & 15 | (offsets[:, 4:] & 15) << 4], 1)
+
+
+def _q5_k_pack(quants: Tensor, stored: Tensor) -> Tensor:
+    q = quants.view(-1, 4, 2, 32)  # runs 2i and 2i + 1 share the bytes of run i
+    low = q[:, :, 0] & 15 | (q[:, :, 1] & 15) << 4
+    bits = (quants.view(-1, 8, 32) >> 4) << torch.arange(8, dtype=torch.uint8, device=quants.device)[:, None]
+    high = bits.sum(1, dtype=torch.uint8)
+    return torch.cat([stored, high, low.flatten(1)], dim=1)
+
+
+KQUANTS = {T.Q5_K: KQuant(_q5_k_steps, _q5_k_pack), T.Q6_K: KQuant(_q6_k_steps, _q6_k_pack)}

@@ -1,0 +1,34 @@
+"""The user's cache folder, the files that ship with the package, and their checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("AAAC_CACHE") or platformdirs.user_cache_path("aaac-gguf"))
+
+
+def shipped(name: str) -> Path:
+    """A folder that ships with the package: inside it when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+DATA = Path(__file__).parent / "data"
+
+
+MODEL = DATA / "demo"
+
+
+SAMPLE_TEXT = DATA / "sample.txt"

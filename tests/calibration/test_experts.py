@@ -1,0 +1,106 @@
+"""Mixtures of experts: what each expert saw counts for it alone, and those that saw nothing are named and still rounded well."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from random_checkpoints import COMMON, SIZES, save_random
+
+from aaac_gguf import resources
+from aaac_gguf.calibration import activations as calibrate
+from aaac_gguf.calibration import tokens as tokens_module
+from aaac_gguf.conversion import convert
+from aaac_gguf.files import gguf as gguf_io
+from aaac_gguf.files.imatrix import Coverage, Entry, Imatrix, write_imatrix
+from aaac_gguf.models import checkpoint
+from aaac_gguf.models.source import full_precision
+from aaac_gguf.reporting import tables as report
+
+N_EXPERTS = 16
+CONFIG = transformers.MixtralConfig(**COMMON, **SIZES, num_local_experts=N_EXPERTS, num_experts_per_tok=1)
+PROJECTIONS = ("ffn_gate_exps", "ffn_down_exps", "ffn_up_exps")
+
+
+def routed(source, tokens) -> list[np.ndarray]:
+    """How many of the tokens each expert got, by layer: from the router's own logits."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, experts_implementation="eager"
+    )
+    with torch.inference_mode():
+        logits = model(input_ids=tokens, output_router_logits=True).router_logits
+    return [np.bincount(layer.argmax(-1), minlength=N_EXPERTS) for layer in logits]
+
+
+def test_experts_that_calibration_never_reached(llama_source, tmp_path):
+    source = save_random(CONFIG, tmp_path / "model")
+    tokens, _ = tokens_module.text_tokens(source, resources.SAMPLE_TEXT, 1, 24)
+    counts = routed(source, tokens)
+    idle = [np.flatnonzero(layer == 0).tolist() for layer in counts]
+    assert all(0 < len(layer) < N_EXPERTS for layer in idle)
+    calibration = convert.Calibration(str(resources.SAMPLE_TEXT), n_sequences=1, sequence_length=24)
+    made = convert.convert(source, tmp_path / "out.gguf", convert.Settings(calibration=calibration, feedback=False))
+    expected = {f"blk.{i}.{p}.weight (experts {', '.join(map(str, idle[i]))})" for i in (0, 1) for p in PROJECTIONS}
+    assert made.coverage is not None
+    assert set(made.coverage.missed) == expected
+
+    file = gguf_io.read(tmp_path / "out.gguf")
+    sizes = {n: file.tensors[n].n_elements for n in file.codecs}
+    missed = sum(sizes[f"blk.{i}.{p}.weight"] * len(idle[i]) / N_EXPERTS for i in (0, 1) for p in PROJECTIONS)
+    assert made.coverage.share == pytest.approx(1 - missed / sum(sizes.values()))
+    assert (
+        f"calibration reached {100 * made.coverage.share:.2f} % of the weights; not reached: blk.0."
+        in report.convert_text(made)
+    )
+
+    with full_precision(source, tmp_path) as full:
+        for layer, experts in enumerate(idle):
+            before, after = (f.load(f"blk.{layer}.ffn_down_exps.weight") for f in (full, file))
+            errors = np.square(after - before).sum((1, 2)) / np.square(before).sum((1, 2))
+            assert errors[experts].max() < 0.005
+
+        # The same with the counts written to an importance file, and no checkpoint.
+        imatrix = calibrate.importance(
+            checkpoint.load_model(source, exact=False), tokens, full.architecture, full.tensors, "text"
+        )
+        for layer in (0, 1):
+            np.testing.assert_array_equal(imatrix.entries[f"blk.{layer}.ffn_up_exps.weight"].counts, counts[layer])
+        write_imatrix(tmp_path / "imatrix.gguf", imatrix)
+        again = convert.convert(
+            full.path,
+            tmp_path / "again.gguf",
+            convert.Settings(calibration=convert.Calibration(imatrix=tmp_path / "imatrix.gguf"), feedback=False),
+        )
+    assert again.coverage == made.coverage
+    for tensor in file.tensors:
+        np.testing.assert_array_equal(
+            gguf_io.read(tmp_path / "again.gguf").tensors[tensor].data, file.tensors[tensor].data
+        )
+
+
+def test_feedback_where_some_experts_saw_nothing(llama_source, tmp_path):
+    source = save_random(CONFIG, tmp_path / "model")
+    calibration = convert.Calibration("self", n_sequences=1, sequence_length=4)
+    made = convert.convert(source, tmp_path / "out.gguf", convert.Settings(calibration=calibration))
+    assert made.coverage is not None
+    assert made.coverage.share < 0.7
+    with full_precision(source, tmp_path) as full:
+        file = gguf_io.read(tmp_path / "out.gguf")
+        for name in file.codecs:
+            before = full.load(name)
+            assert np.square(file.load(name) - before).sum() < 0.05 * np.square(before).sum()
+
+
+def test_an_unreached_expert_weighs_as_much_as_the_others_on_average():
+    """Not 1 in the units of the activations: the experts of a tensor share its codebooks."""
+    sums = np.array([[400, 200], [0, 0], [600, 1200]], dtype=np.float32)
+    np.testing.assert_array_equal(
+        Entry(sums, np.array([2, 0, 3], dtype=np.float32)).importance(), [[200, 100], [225, 225], [200, 400]]
+    )
+    np.testing.assert_array_equal(Entry(sums * 0, np.zeros(3, dtype=np.float32)).importance(), np.ones((3, 2)))
+
+
+def test_coverage_is_by_weights():
+    ones = lambda *counts: Entry(np.ones((len(counts), 2), dtype=np.float32), np.array(counts, dtype=np.float32))  # noqa: E731
+    imatrix = Imatrix({"a": ones(4), "e": ones(1, 0, 5, 0), "none": ones(0, 0), "other": ones(1)})
+    expected = Coverage((100 + 20) / 200, ["e (experts 1, 3)", "none", "absent"])
+    assert imatrix.coverage({"a": 100, "e": 40, "none": 50, "absent": 10}) == expected

@@ -1,0 +1,218 @@
+"""Second moments of inputs and output gradients, block by block, against hooks on the model's own modules."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from aaac_gguf import resources
+from aaac_gguf.calibration import sequential
+from aaac_gguf.calibration.activations import Activations, Squares
+from aaac_gguf.calibration.sequential import BlockMoments
+from aaac_gguf.files.gguf import GgufFile
+from aaac_gguf.models import checkpoint
+from aaac_gguf.models.blocks import Blocks
+
+PARTS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+NAMES = [f"blk.{i}.{part}.weight" for i in range(4) for part in PARTS]
+DOWN = "blk.1.ffn_down.weight"
+
+
+def module(model, name: str) -> torch.nn.Module:
+    _, i, part, _ = name.split(".")
+    return model.model.layers[int(i)].get_submodule(PARTS[part])
+
+
+def random_tokens(n: int = 3, length: int = 16) -> torch.Tensor:
+    return torch.randint(0, 4096, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model():
+    return checkpoint.load_model(resources.MODEL)
+
+
+def block_moments(
+    model,
+    file: GgufFile,
+    folder: Path,
+    tokens: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    seed: int = 0,
+    names: Sequence[str] = NAMES,
+) -> BlockMoments:
+    n_text = len(tokens) if weights is None else int((weights == 1).sum())
+    activations = Activations(Blocks(model, tokens[:1]), tokens, n_text, folder)
+    activations.run(Squares())
+    return BlockMoments(activations, torch.ones(len(tokens)) if weights is None else weights, file, names, folder, seed)
+
+
+def test_moments_are_those_of_inputs_and_gradients(model, demo_full, tmp_path):
+    tokens = random_tokens()
+    moments = block_moments(model, demo_full, tmp_path, tokens)
+    inputs, gradients = [], []
+
+    def watch(_, args, out):
+        inputs.append(args[0].detach())
+        out.register_hook(lambda g: gradients.append(g))
+
+    hook = module(model, DOWN).register_forward_hook(watch)
+    found = moments.of(DOWN)
+    hook.remove()
+    x, g = torch.cat(inputs).flatten(0, 1), torch.cat(gradients).flatten(0, 1)
+    assert len(x) == len(g) == tokens.numel()
+    torch.testing.assert_close(found.inputs, x.T @ x / len(x))
+    torch.testing.assert_close(found.outputs, g.T @ g / len(x))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_are_those_of_the_whole_model(model, demo_full, tmp_path):
+    """Blocks backward one by one, and the whole model at once, for the tokens that the seed draws."""
+    tokens = random_tokens(2)
+    found = block_moments(model, demo_full, tmp_path, tokens, seed=3).of(DOWN)
+    gradients = []
+    module(model, DOWN).register_forward_hook(lambda _, args, out: out.register_hook(gradients.append) and None)
+    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+    logits = model(inputs_embeds=embeddings).logits
+    uniform = torch.rand(*tokens.shape, 1, generator=torch.Generator().manual_seed(3))
+    drawn = (logits.detach().softmax(-1).cumsum(-1) < uniform).sum(-1)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
+    g = torch.cat(gradients).flatten(0, 1)
+    torch.testing.assert_close(found.outputs, g.T @ g / len(g), atol=1e-6, rtol=1e-3)
+
+
+def test_the_error_predicts_the_divergence(model, demo_full, tmp_path):
+    """The KL divergence that a small random change of one matrix causes is about tr(O D H D^T) / 2, over tokens."""
+    tokens = random_tokens(4, 64)
+    found = block_moments(model, demo_full, tmp_path, tokens).of(DOWN)
+    weight = module(model, DOWN).weight
+    change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.02 * weight.std()
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits.log_softmax(-1)
+        weight += change
+        after = model(input_ids=tokens).logits.log_softmax(-1)
+    kld = float((before.exp() * (before - after)).sum(-1).mean())
+    predicted = float(((found.outputs @ change @ found.inputs) * change).sum()) / 2
+    assert 0.5 < predicted / kld < 2
+
+
+def test_moments_depend_on_the_seed_alone(model, demo_full, tmp_path):
+    runs = [block_moments(model, demo_full, tmp_path, random_tokens(), seed=seed).of(DOWN) for seed in (1, 1, 2)]
+    assert torch.equal(runs[0].outputs, runs[1].outputs)
+    assert not torch.equal(runs[0].outputs, runs[2].outputs)
+    assert torch.equal(runs[0].inputs, runs[2].inputs)
+
+
+def test_stages_follow_the_products(model, demo_full, tmp_path):
+    moments = block_moments(model, demo_full, tmp_path, random_tokens())
+    for i in range(4):
+        stages = [[name.split(".")[2] for name in stage] for stage in moments.stages()]
+        assert stages == [["attn_q", "attn_k", "attn_v"], ["attn_output"], ["ffn_gate", "ffn_up"], ["ffn_down"]]
+        assert moments.position == i + 1
+
+
+def test_each_stage_sees_the_quantized_layers_before(model, demo_full, tmp_path):
+    """Every matrix is replaced in its turn; a stage reports the inputs of the model so far, and as drift what they lack."""
+    tokens = random_tokens()
+    full_model = checkpoint.load_model(resources.MODEL)
+    moments = block_moments(model, demo_full, tmp_path, tokens)
+    reported = {}
+    for _ in range(2):
+        for stage in moments.stages():
+            for name, seen in stage.items():
+                reported[name] = seen
+                moments.put(name, 0.9 * torch.from_numpy(demo_full.load(name)))
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in reported}
+    for m in (full_model, model):
+        for name in reported:
+            module(m, name).register_forward_pre_hook(
+                lambda _, args, name=name: inputs[name].append(args[0].flatten(0, 1))
+            )
+        with torch.no_grad():
+            m(input_ids=tokens)
+    assert reported["blk.0.attn_q.weight"].drift is None
+    for name, seen in reported.items():
+        full, x = inputs[name]
+        torch.testing.assert_close(seen.inputs, x.T @ x / len(x), atol=1e-5, rtol=1e-3)
+        if seen.drift is not None:
+            torch.testing.assert_close(seen.drift, (full - x).T @ x / len(x), atol=1e-5, rtol=1e-3)
+    assert sum(seen.drift is None for seen in reported.values()) == 3
+    # Q's rows are permuted on the way to the file and back.
+    for name in ("blk.0.attn_q.weight", "blk.1.ffn_down.weight"):
+        torch.testing.assert_close(module(model, name).weight, 0.9 * module(full_model, name).weight)
+
+
+def test_a_finished_block_can_be_passed(model, demo_full, tmp_path):
+    """As a conversion that resumes does: the same weights put, without stages, lead to the same inputs."""
+    found = []
+    for passing in (False, True):
+        m = checkpoint.load_model(resources.MODEL)
+        moments = block_moments(m, demo_full, tmp_path, random_tokens())
+        names = moments.tensors(0)
+        assert moments.awaits(names[0])
+        if passing:
+            for name in names:
+                moments.put(name, 0.9 * torch.from_numpy(demo_full.load(name)))
+            moments.finish()
+        else:
+            for stage in moments.stages():
+                for name in stage:
+                    moments.put(name, 0.9 * torch.from_numpy(demo_full.load(name)))
+        assert not moments.awaits(names[0])
+        found.append([seen for stage in moments.stages() for seen in stage.values()])
+    assert all(
+        torch.equal(a.inputs, b.inputs) and torch.equal(a.outputs, b.outputs) for a, b in zip(*found, strict=True)
+    )
+
+
+def test_equal_inputs_are_summed_once(model, demo_full, tmp_path):
+    moments = block_moments(model, demo_full, tmp_path, random_tokens())
+    q, k, v, o = (moments.of(f"blk.2.attn_{part}.weight") for part in ("q", "k", "v", "output"))
+    assert torch.equal(q.inputs, k.inputs)
+    assert torch.equal(q.inputs, v.inputs)
+    assert not torch.equal(q.inputs, o.inputs)
+    assert len(q.outputs) == 2 * len(k.outputs)
+
+
+def test_too_many_outputs_are_left_out(model, demo_full, tmp_path, monkeypatch):
+    monkeypatch.setattr(sequential, "MAX_OUTPUTS", 256)
+    moments = block_moments(model, demo_full, tmp_path, random_tokens())
+    assert moments.of(DOWN.replace("down", "up")).outputs is None
+    assert moments.of(DOWN).outputs.shape == (256, 256)
+
+
+def test_weights_count_as_repetitions(model, demo_full, tmp_path):
+    tokens = random_tokens()
+    weighted = block_moments(model, demo_full, tmp_path, tokens, torch.tensor([1.0, 3.0, 3.0])).of(DOWN)
+    plain = block_moments(model, demo_full, tmp_path, torch.cat([tokens, tokens[1:], tokens[1:]])).of(DOWN)
+    torch.testing.assert_close(weighted.inputs, plain.inputs)
+    # The tokens drawn for the gradients differ.
+    assert float(weighted.outputs.trace() / plain.outputs.trace()) == pytest.approx(1, abs=0.2)
+
+
+def test_experts_each_have_their_inputs(demo_full, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=8, experts_implementation="eager",
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    names = [
+        "blk.0.attn_q.weight",
+        "blk.0.ffn_gate_exps.weight",
+        "blk.0.ffn_up_exps.weight",
+        "blk.0.ffn_down_exps.weight",
+    ]
+    layer = model.model.layers[0]
+    weights = {names[0]: layer.self_attn.q_proj.weight, names[3]: layer.mlp.experts.down_proj}
+    monkeypatch.setattr(sequential, "load_weight", lambda _, name, device: weights[name].data)
+    moments = block_moments(model, demo_full, tmp_path, random_tokens(1, 4) % 64, names=names)
+    down = moments.of(names[3])
+    assert down.inputs.shape == (8, 48, 48)
+    assert down.outputs is None
+    reached = down.inputs.diagonal(dim1=1, dim2=2).sum(1) > 0
+    assert 0 < reached.sum() < 8
+    assert moments.of(names[0]).outputs.shape == (32, 32)

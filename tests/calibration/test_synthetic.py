@@ -1,0 +1,368 @@
+"""Second moments without a model: what goes through the blocks, which block it is by its tensors' names, and what it is worth."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_source
+
+from aaac_gguf import resources
+from aaac_gguf.calibration import activations as calibrate
+from aaac_gguf.calibration import tokens as tokens_module
+from aaac_gguf.calibration.synthetic import ATTENDED, DOUBT, N_TOKENS, SyntheticMoments
+from aaac_gguf.conversion import convert
+from aaac_gguf.conversion.encoder import Encoder, Rounding
+from aaac_gguf.conversion.plan import T
+from aaac_gguf.files import format as fmt
+from aaac_gguf.files import gguf as gguf_io
+from aaac_gguf.files.imatrix import Entry, Imatrix, write_imatrix
+from aaac_gguf.models import checkpoint
+from aaac_gguf.models.rows import Rows
+from aaac_gguf.models.weights import load_weight
+from aaac_gguf.quantizer.moments import output_error
+from aaac_gguf.quantizer.quantize import quantize, quantizer_type
+
+D, HEAD, FF, VOCAB = 32, 8, 48, 100
+SETTINGS = {"attention.head_count": 4, "attention.head_count_kv": 2}
+FIRST = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+
+
+@pytest.fixture
+def tensors(rng):
+    """Two blocks with two heads in each of two groups."""
+    shapes = {"attn_norm": (D,), "attn_q": (D, D), "attn_k": (2 * HEAD, D), "attn_v": (2 * HEAD, D), "attn_output": (D, D),
+              "ffn_norm": (D,), "ffn_gate": (FF, D), "ffn_up": (FF, D), "ffn_down": (D, FF)}  # fmt: skip
+    values = {f"blk.{i}.{stem}.weight": rng.normal(size=shapes[stem]) for i in (0, 1) for stem in FIRST}
+    values |= {
+        "token_embd.weight": rng.normal(size=(VOCAB, D)),
+        "output_norm.weight": rng.normal(size=D),
+        "output.weight": rng.normal(size=(VOCAB, D)),
+    }
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+@pytest.fixture
+def synthetic(tensors, tmp_path):
+    """synthetic(imatrix, architecture, settings): the moments of the model as `tensors` has it now."""
+    number = iter(range(100))
+
+    def make(imatrix=None, architecture="llama", **settings):
+        path = write_source(tmp_path / f"{next(number)}.gguf", tensors, architecture, SETTINGS | settings)
+        return SyntheticMoments(gguf_io.read(path), imatrix or Imatrix({}))
+
+    return make
+
+
+def rms(x):
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
+
+
+def moments_of(x):
+    """Of float32 [n, K], any n: its rows stand for all tokens."""
+    h = x.T @ x / len(x)
+    believed = (1 - DOUBT) * N_TOKENS / (N_TOKENS + len(h))
+    return torch.where(torch.eye(len(h), dtype=torch.bool), h, believed * h)
+
+
+def drawn_embeddings(tensors):
+    drawn = torch.randint(VOCAB, (N_TOKENS,), generator=torch.Generator().manual_seed(0))
+    return torch.from_numpy(tensors["token_embd.weight"])[drawn]
+
+
+def weight(tensors, name):
+    return torch.from_numpy(tensors[name])
+
+
+def test_a_block_without_attention_by_hand(tensors, synthetic):
+    """An output projection of zeros leaves the embeddings to the feed-forward network, whose outputs the next block gets on top."""
+    tensors["blk.0.attn_output.weight"][:] = 0
+    found = synthetic()
+    x = drawn_embeddings(tensors)
+    attended = rms(x) * weight(tensors, "blk.0.attn_norm.weight")
+    torch.testing.assert_close(found.of("blk.0.attn_q.weight").inputs, moments_of(attended))
+    fed = rms(x) * weight(tensors, "blk.0.ffn_norm.weight")
+    torch.testing.assert_close(found.of("blk.0.ffn_up.weight").inputs, moments_of(fed))
+    inner = torch.nn.functional.silu(fed @ weight(tensors, "blk.0.ffn_gate.weight").T) * (
+        fed @ weight(tensors, "blk.0.ffn_up.weight").T
+    )
+    torch.testing.assert_close(found.of("blk.0.ffn_down.weight").inputs, moments_of(inner), rtol=1e-4, atol=1e-3)
+    x = x + inner @ weight(tensors, "blk.0.ffn_down.weight").T
+    attended = rms(x) * weight(tensors, "blk.1.attn_norm.weight")
+    torch.testing.assert_close(found.of("blk.1.attn_k.weight").inputs, moments_of(attended), rtol=1e-4, atol=1e-4)
+
+
+def test_heads_mix_the_values_of_their_group(tensors, synthetic):
+    """One embedding for all tokens: every mixture is the value itself, once for each head of a group."""
+    tensors["token_embd.weight"][:] = tensors["token_embd.weight"][:1]
+    found = synthetic()
+    value = (rms(drawn_embeddings(tensors)[:1]) * weight(tensors, "blk.0.attn_norm.weight")) @ weight(
+        tensors, "blk.0.attn_v.weight"
+    ).T
+    first, second = value.split(HEAD, 1)
+    torch.testing.assert_close(
+        found.of("blk.0.attn_output.weight").inputs,
+        moments_of(torch.cat([first, first, second, second], 1)),
+        rtol=1e-4,
+        atol=1e-2,
+    )
+
+
+def test_heads_attend_to_different_tokens(tensors, synthetic):
+    """So the heads of a group agree as little as two tokens do, and a head's square is that of a few tokens' mean, not of one."""
+    tensors["token_embd.weight"] -= tensors["token_embd.weight"].mean(0)
+    h = synthetic().of("blk.0.attn_output.weight").inputs
+    x = rms(drawn_embeddings(tensors)) * weight(tensors, "blk.0.attn_norm.weight")
+    v = moments_of(x @ weight(tensors, "blk.0.attn_v.weight").T)[:HEAD, :HEAD]
+    own, other = h[:HEAD, :HEAD], h[:HEAD, HEAD : 2 * HEAD]
+    assert other.abs().max() < 0.1 * own.diagonal().mean()
+    assert 1 / ATTENDED < own.trace() / v.trace() < 0.9
+    torch.testing.assert_close(own / own.trace(), v / v.trace(), atol=0.03, rtol=0)
+
+
+def test_channels_have_the_importance_that_is_known(tensors, synthetic, rng):
+    names = [name for name in tensors if name.startswith("blk.") and tensors[name].ndim == 2 and "attn_v" not in name]
+    entries = {
+        name: Entry(
+            (7 * rng.uniform(0.1, 9, size=(1, tensors[name].shape[1]))).astype(np.float32), np.full(1, 7, np.float32)
+        )
+        for name in names
+    }
+    for i in (0, 1):  # the matrices of one input have one importance
+        entries |= {
+            f"blk.{i}.{other}.weight": entries[f"blk.{i}.{one}.weight"]
+            for one, other in (("attn_q", "attn_k"), ("ffn_gate", "ffn_up"))
+        }
+    imatrix = Imatrix(entries)
+    found = synthetic(imatrix)
+    for name in names:
+        torch.testing.assert_close(found.of(name).inputs.diagonal(), torch.from_numpy(entries[name].importance()))
+    # It counts for what comes behind as well.
+    blind = synthetic()
+    a, b = (
+        s.of("blk.1.ffn_down.weight").inputs
+        for s in (synthetic(Imatrix({"blk.0.attn_q.weight": entries["blk.0.attn_q.weight"]})), blind)
+    )
+    assert not torch.allclose(a, b, rtol=0.1)
+
+
+def test_fused_matrices_are_their_parts(tensors, synthetic):
+    apart = synthetic()
+    expected = {
+        name: apart.of(name).inputs
+        for name in ("blk.0.attn_output.weight", "blk.0.ffn_down.weight", "blk.1.ffn_up.weight")
+    }
+    for i in (0, 1):
+        parts = [tensors.pop(f"blk.{i}.attn_{part}.weight") for part in "qkv"]
+        tensors[f"blk.{i}.attn_qkv.weight"] = np.concatenate(parts)
+        tensors[f"blk.{i}.ffn_up.weight"] = np.concatenate(
+            [tensors.pop(f"blk.{i}.ffn_gate.weight"), tensors[f"blk.{i}.ffn_up.weight"]]
+        )
+    fused = synthetic()
+    for name, inputs in expected.items():
+        torch.testing.assert_close(fused.of(name).inputs, inputs, rtol=1e-4, atol=1e-3)
+    assert fused.of("blk.1.attn_qkv.weight") is not None
+
+
+def test_without_a_second_norm_both_halves_of_a_block_get_the_same(tensors, synthetic):
+    one_after_the_other = synthetic()
+    assert not torch.allclose(
+        one_after_the_other.of("blk.0.attn_q.weight").inputs,
+        one_after_the_other.of("blk.0.ffn_up.weight").inputs,
+        rtol=0.1,
+    )
+    for i in (0, 1):
+        del tensors[f"blk.{i}.ffn_norm.weight"]
+    side_by_side = synthetic()
+    for i in (0, 1):
+        q, up = (side_by_side.of(f"blk.{i}.{stem}.weight").inputs for stem in ("attn_q", "ffn_up"))
+        torch.testing.assert_close(q, up)
+
+
+def test_norms_behind_the_halves_of_a_block(tensors, synthetic, rng):
+    """Outputs are as large as their norms say, however large the matrices."""
+    for i in (0, 1):
+        for stem in ("post_attention_norm", "post_ffw_norm"):
+            tensors[f"blk.{i}.{stem}.weight"] = rng.normal(size=D).astype(np.float32)
+    small = synthetic().of("blk.1.attn_q.weight").inputs
+    for stem in ("attn_output", "ffn_down"):
+        tensors[f"blk.0.{stem}.weight"] *= 100
+    torch.testing.assert_close(synthetic().of("blk.1.attn_q.weight").inputs, small, rtol=1e-3, atol=1e-3)
+
+
+def test_a_post_attention_norm_alone_is_that_of_the_feed_forward_network(tensors, synthetic):
+    expected = synthetic().of("blk.0.ffn_up.weight").inputs
+    for i in (0, 1):
+        tensors[f"blk.{i}.post_attention_norm.weight"] = tensors.pop(f"blk.{i}.ffn_norm.weight")
+    torch.testing.assert_close(synthetic().of("blk.0.ffn_up.weight").inputs, expected)
+
+
+def test_layer_norm_and_biases(tensors, synthetic, rng):
+    bias = rng.normal(size=D).astype(np.float32)
+    tensors["blk.0.attn_norm.bias"] = bias
+    x = drawn_embeddings(tensors)
+    expected = torch.nn.functional.layer_norm(
+        x, (D,), weight(tensors, "blk.0.attn_norm.weight"), torch.from_numpy(bias), 1e-5
+    )
+    torch.testing.assert_close(synthetic().of("blk.0.attn_q.weight").inputs, moments_of(expected))
+    tensors["blk.0.attn_v.bias"] = np.full(2 * HEAD, 1000, np.float32)
+    h = synthetic().of("blk.0.attn_output.weight").inputs
+    assert (h.diagonal() > 0.9e6).all()
+
+
+def test_scales_of_architectures(tensors, synthetic):
+    """What the embeddings and the blocks' outputs are multiplied with decides which of them the second block sees."""
+
+    def second(**given):
+        return synthetic(**given).of("blk.1.attn_q.weight").inputs
+
+    embeddings = moments_of(rms(drawn_embeddings(tensors)) * weight(tensors, "blk.1.attn_norm.weight"))
+    apart = {name: (h - embeddings).norm() / embeddings.norm() for name, h in {
+        "plain": second(), "gemma": second(architecture="gemma2"), "large": second(embedding_scale=1e4), "quiet": second(residual_scale=1e-4),
+    }.items()}  # fmt: skip
+    assert apart["plain"] > 0.3
+    assert apart["gemma"] < apart["plain"]
+    assert max(apart["large"], apart["quiet"]) < 0.03
+
+
+def test_nothing_is_said_of_what_is_unknown(tensors, synthetic, rng):
+    tensors["blk.0.ffn_down_exps.weight"] = rng.normal(size=(3, D, FF)).astype(np.float32)
+    tensors["blk.0.ssm_in.weight"] = rng.normal(size=(2 * D, D)).astype(np.float32)
+    for stem in ("attn_q", "attn_k", "attn_v"):
+        del tensors[f"blk.1.{stem}.weight"]
+    found = synthetic()
+    for name in (
+        "token_embd.weight",
+        "output_norm.weight",
+        "blk.0.ffn_down_exps.weight",
+        "blk.0.ssm_in.weight",
+        "blk.0.attn_norm.weight",
+    ):
+        assert found.of(name) is None
+    assert found.of("blk.1.attn_output.weight") is None
+    assert found.of("blk.1.ffn_up.weight") is not None
+    assert found.of("output.weight").inputs.shape == (D, D)
+    assert list(found.inputs) == ["output.weight"]  # memory is that of one block
+    with pytest.raises(ValueError, match="block 0 has gone by"):
+        found.of("blk.0.attn_q.weight")
+
+
+def test_matrices_of_other_widths_are_left_alone(tensors, synthetic, rng):
+    """Low-rank projections and the like: they have the names, and neither read nor write the residual stream."""
+    shapes = {
+        "blk.0.attn_q": (D, D // 2),
+        "blk.0.attn_output": (D // 2, D),
+        "blk.0.ffn_down": (2 * D, FF),
+        "blk.1.attn_v": (2 * HEAD, D // 2),
+    }
+    for stem, shape in shapes.items():
+        tensors[f"{stem}.weight"] = rng.normal(size=shape).astype(np.float32)
+    found = synthetic()
+    for stem in ("attn_q", "attn_output", "ffn_down", "ffn_up"):
+        assert found.of(f"blk.0.{stem}.weight") is None, stem
+    x = rms(drawn_embeddings(tensors)) * weight(tensors, "blk.1.attn_norm.weight")
+    torch.testing.assert_close(found.of("blk.1.attn_q.weight").inputs, moments_of(x))
+    assert found.of("blk.1.attn_output.weight") is None
+
+
+def test_every_block_may_have_its_own_number_of_groups(tensors, tmp_path, monkeypatch):
+    """One embedding for all tokens again. Block 1 has one group, of two heads that are twice as wide."""
+    tensors["token_embd.weight"][:] = tensors["token_embd.weight"][:1]
+    file = gguf_io.read(write_source(tmp_path / "model.gguf", tensors, settings={"attention.head_count": 4}))
+    get = type(file).get
+    monkeypatch.setattr(
+        type(file),
+        "get",
+        lambda self, key, default=None: [2, 1] if key.endswith("head_count_kv") else get(self, key, default),
+    )
+    found = SyntheticMoments(file, Imatrix({}))
+    for block, order in ((0, [0, 0, 1, 1]), (1, [0, 1, 0, 1])):
+        h = found.of(f"blk.{block}.attn_output.weight").inputs.diagonal().view(4, HEAD)
+        assert not torch.allclose(h[order.index(0)], h[order.index(1)], rtol=0.01)
+        for head, value in enumerate(order):
+            torch.testing.assert_close(h[head], h[order.index(value)], rtol=1e-3, atol=1e-3)
+
+
+def test_the_seed_decides(tensors, tmp_path):
+    file = gguf_io.read(write_source(tmp_path / "model.gguf", tensors, settings=SETTINGS))
+    first, same, other = (
+        SyntheticMoments(file, Imatrix({}), seed=seed).of("blk.1.ffn_down.weight").inputs for seed in (1, 1, 2)
+    )
+    torch.testing.assert_close(first, same, rtol=0, atol=0)
+    assert not torch.equal(first, other)
+
+
+def test_encoder_asks_for_what_is_not_measured(tensors, tmp_path):
+    name = "blk.0.attn_q.weight"
+    tensors[name] = np.tile(tensors[name], (1, 8))  # rows of whole blocks
+    tensors = {"token_embd.weight": np.tile(tensors["token_embd.weight"], (1, 8)), name: tensors[name]}
+    file = gguf_io.read(write_source(tmp_path / "model.gguf", tensors))
+    plans = convert.make_plan(file, T["AAAC4_G16"])
+    encode = Encoder(
+        file,
+        plans,
+        Rounding("aaac", "cpu", 0),
+        Imatrix({}),
+        [name],
+        None,
+        SyntheticMoments(file, Imatrix({})),
+        lambda name: None,
+    )
+    data, record = encode(next(p.info for p in plans if p.name == name))
+    hessian = SyntheticMoments(file, Imatrix({})).of(name).inputs
+    expected = quantize(load_weight(file, name, "cpu"), quantizer_type(T["AAAC4_G16"]), None, hessian)
+    np.testing.assert_array_equal(data, expected.data)
+    assert record.damping > 0
+
+
+def test_worth_on_the_bundled_model(demo_full, tmp_path):
+    """By what the model's own products see of a text, with an importance matrix of the same text."""
+    model = checkpoint.load_model(resources.MODEL)
+    tokens, _ = tokens_module.text_tokens(resources.MODEL, resources.SAMPLE_TEXT, 8, 128)
+    sums: dict[str, torch.Tensor] = {}
+
+    def observe(name, expert, x):
+        sums[name] = sums.get(name, 0) + x.T @ x
+
+    calibrate.Activations(calibrate.Blocks(model, tokens[:1]), tokens, len(tokens)).run(observe)
+    imatrix = calibrate.importance(model, tokens, demo_full.architecture, demo_full.tensors, "text")
+    synthetic = SyntheticMoments(demo_full, imatrix)
+    parameters = dict(model.named_parameters())
+    ratios = {}
+    for i in range(model.config.num_hidden_layers):
+        for parameter in [name for name in sums if f"layers.{i}." in name]:
+            (name,) = checkpoint.gguf_names(parameter, demo_full.architecture, 99, demo_full.tensors)
+            w = load_weight(demo_full, name, "cpu")
+            assert Rows.find(parameters[parameter], w)
+            errors = []
+            for given in (
+                {"importance": torch.from_numpy(imatrix.entries[name].importance())},
+                {"hessian": synthetic.of(name).inputs},
+            ):
+                made = quantize(w, fmt.G16, **given)
+                errors.append(
+                    output_error(w - torch.from_numpy(fmt.decode(fmt.G16, made.data, made.codec)), sums[parameter])
+                )
+            ratios[name] = errors[1] / errors[0]
+    assert len(ratios) == 28
+    assert max(ratios.values()) < 1, ratios
+    assert np.exp(np.log(list(ratios.values())).mean()) < 0.75, ratios
+
+
+def test_what_the_file_says(demo_gguf, tmp_path):
+    """A GGUF with an importance matrix, with nothing at all, and without feedback."""
+    model = checkpoint.load_model(resources.MODEL)
+    tokens, _ = tokens_module.text_tokens(resources.MODEL, resources.SAMPLE_TEXT, 1, 64)
+    full = gguf_io.read(demo_gguf)
+    write_imatrix(
+        tmp_path / "imatrix.gguf", calibrate.importance(model, tokens, full.architecture, full.tensors, "text")
+    )
+    with_imatrix = convert.Calibration(imatrix=tmp_path / "imatrix.gguf")
+    for feedback, calibration, expected in (
+        (True, with_imatrix, "synthetic"), (True, convert.Calibration("none"), "synthetic"), (False, with_imatrix, "none"),
+    ):  # fmt: skip
+        made = convert.convert(
+            demo_gguf, tmp_path / "out.gguf", convert.Settings(calibration=calibration, feedback=feedback)
+        )
+        assert json.loads(gguf_io.read(tmp_path / "out.gguf").get(fmt.KEY_CALIBRATION))["feedback"] == expected
+        assert made.damped == []

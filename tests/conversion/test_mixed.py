@@ -1,0 +1,146 @@
+"""The choice of types under a budget, against all combinations."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as T
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aaac_gguf import cli, resources
+from aaac_gguf.conversion.mixed import CANDIDATES, Choice, choose, measured
+from aaac_gguf.conversion.plan import TensorPlan
+from aaac_gguf.files.gguf import read
+from aaac_gguf.quantizer.moments import Moments
+from aaac_gguf.quantizer.quantize import quantize, quantizer_type
+
+OPTIONS = st.lists(
+    st.tuples(st.integers(1, 50), st.integers(0, 1000)), min_size=1, max_size=len(CANDIDATES), unique_by=lambda o: o[0]
+)
+
+
+def tensors(sizes) -> dict[str, list[Choice]]:
+    return {
+        f"t{i}": [Choice(t, n, loss / 7) for t, (n, loss) in zip(CANDIDATES, options, strict=False)]
+        for i, options in enumerate(sizes)
+    }
+
+
+def total(chosen) -> tuple[int, float]:
+    return sum(c.n_bytes for c in chosen), sum(c.loss for c in chosen)
+
+
+@given(st.lists(OPTIONS, min_size=1, max_size=4), st.integers(1, 200))
+def test_close_to_the_best_of_all_combinations(sizes, budget):
+    choices = tensors(sizes)
+    within = [total(c) for c in itertools.product(*choices.values()) if total(c)[0] <= budget]
+    chosen = choose(choices, budget)
+    if not within:
+        assert chosen is None
+        return
+    assert chosen is not None
+    n_bytes, loss = total(chosen.values())
+    assert n_bytes <= budget
+    # No worse than the best for what the largest step may leave unused.
+    largest = max(o.n_bytes for options in choices.values() for o in options)
+    assert loss <= min([b for n, b in within if n <= budget - largest], default=float("inf"))
+
+
+def test_all_that_fits_is_used():
+    choices = tensors([[(10, 70), (20, 35), (30, 7)]] * 3)
+    for budget, expected in ((30, 30), (59, 50), (60, 60), (1000, 90)):
+        chosen = choose(choices, budget)
+        assert chosen
+        assert total(chosen.values())[0] == expected
+    assert choose(choices, 29) is None
+
+
+def test_a_small_step_does_not_hide_a_good_large_one():
+    chosen = choose(tensors([[(10, 700), (20, 693), (30, 0)], [(10, 350), (12, 315)]]), 40)
+    assert chosen
+    assert [c.n_bytes for c in chosen.values()] == [30, 10]
+
+
+@pytest.mark.parametrize("losses", [(9, 1), (1, 9)])
+def test_the_tensor_that_hurts_most_gets_the_bits(losses):
+    choices = {
+        name: [Choice(T.Q5_K, 10, loss), Choice(T.Q6_K, 12, loss / 10)] for name, loss in zip("ab", losses, strict=True)
+    }
+    chosen = choose(choices, 22)
+    assert chosen
+    assert chosen["ab"[losses.index(9)]].type == T.Q6_K
+    assert chosen["ab"[losses.index(1)]].type == T.Q5_K
+
+
+def convert(source, out, *args) -> int:
+    return cli.main(["convert", str(source), "-o", str(out), *map(str, args)])
+
+
+def test_a_matrix_that_matters_costs_more():
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.standard_normal((32, 256))).float()
+    plans = [TensorPlan(name, (32, 256), T.F32, T["AAAC4_G16"], "") for name in ("small", "large", "unknown")]
+    stakes = {"small": 1.0, "large": 10.0}
+    moments = {name: Moments(torch.eye(256), stake * torch.eye(32)) for name, stake in stakes.items()}
+    choices = measured(plans, lambda _: weight, moments.get, seed=0)
+    for name, options in choices.items():
+        assert [o.type for o in options] == list(CANDIDATES), name
+        assert [o.n_bytes for o in options] == sorted(o.n_bytes for o in options)
+        assert [o.loss for o in options] == sorted((o.loss for o in options), reverse=True)
+    for small, large, unknown in zip(*choices.values(), strict=True):
+        assert large.loss == pytest.approx(10 * small.loss, rel=0.05)
+        assert small.loss < unknown.loss < large.loss
+    # Half of the squared error of the outputs, here of the weights.
+    q6_k = choices["small"][CANDIDATES.index(T.Q6_K)]
+    assert q6_k.loss == pytest.approx(
+        quantize(weight, quantizer_type(T.Q6_K)).relative_error * float(weight.square().sum()) / 2, rel=0.3
+    )
+
+
+@pytest.mark.llama
+def test_convert_keeps_the_budget(llama_source, tmp_path, capsys):
+    out = tmp_path / "out.gguf"
+    args = ("--calib-sequences", 2, "--calib-length", 32)
+    size = 3_200_000
+    assert convert(resources.MODEL, out, "--size", f"{size / 1e6}M", *args) == 0
+    file = read(out)
+    assert 0.98 * size < out.stat().st_size <= size
+    types = {name: t.tensor_type for name, t in file.tensors.items()}
+    assert len({types[name] for name in types if name.startswith("blk.") and "norm" not in name} & set(CANDIDATES)) > 1
+    assert types["token_embd.weight"] == T.Q6_K
+    capsys.readouterr()
+    bits = 8 * sum(t.n_bytes for t in file.tensors.values()) / sum(t.n_elements for t in file.tensors.values())
+    assert convert(resources.MODEL, tmp_path / "x.gguf", "--bpw", bits + 1e-6, "--dry-run", *args) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("blk.") and " x " in line]
+    planned = {words[0]: words[5] for words in lines}
+    assert planned == {name: types[name].name for name in planned}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--bpw", "5", "--size", "1G"], "--bpw and --size: give one of them"),
+        (["--bpw", "5"], "--bpw and --size: choose types by measured second moments"),
+        (["--size", "5K"], "give a number of M, G, MiB or GiB"),
+        (["--bpw", "99"], "is not a number of bits per weight"),
+    ],
+)
+def test_refusals(source, tmp_path, capsys, args, message):
+    try:
+        status = convert(source, tmp_path / "out.gguf", *args)
+    except SystemExit as e:
+        status = e.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.llama
+def test_a_budget_that_is_too_small(llama_source, tmp_path, capsys):
+    assert (
+        convert(resources.MODEL, tmp_path / "out.gguf", "--bpw", 4, "--calib-sequences", 1, "--calib-length", 32) == 2
+    )
+    assert "the smallest possible is" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
