@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from ..files.imatrix import Entry, Imatrix
 from ..models.blocks import Blocks
 from ..models.checkpoint import gguf_names
+from ..progress import progress
 
 Observer = Callable[[str, int, torch.Tensor], None]  # parameter name, expert (0 where there is one), inputs [tokens, K]
 
@@ -96,7 +96,7 @@ class Activations:
     def run(self, observer: Observer) -> None:
         """Fill `hidden`; the products of text go to the observer. The head runs on text only."""
         blocks, every, text = self.blocks, self.batches(len(self.sequences)), self.batches(self.n_text)
-        bar = tqdm(total=(len(blocks) - 1) * len(every) + len(text), desc="calibrating", disable=None, leave=False)
+        bar = progress(total=(len(blocks) - 1) * len(every) + len(text), desc="calibrating")
         with bar, torch.no_grad():
             for batch in every:
                 self.hidden[0, batch] = blocks.embed(self.sequences[batch])

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..files.gguf import GgufFile
 from ..models.blocks import Reached
 from ..models.checkpoint import gguf_names
 from ..models.rows import Rows
 from ..models.weights import load_weight
+from ..progress import progress
 from ..quantizer.moments import Moments
 from .activations import Activations, Products, on_disk
 
@@ -189,7 +189,7 @@ class BlockMoments:
         self.position += 1
 
     def _bar(self, blocks: Iterable[int], title: str) -> Any:
-        return tqdm(blocks, desc=title, unit="block", disable=None, leave=False)
+        return progress(blocks, desc=title, unit="block")
 
     def _parameters(self, number: int) -> dict[str, torch.nn.Parameter]:
         self.blocks.hold(number)

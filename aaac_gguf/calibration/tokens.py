@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import AaacError
 from ..models.checkpoint import load_tokenizer
+from ..progress import progress
 
 # Random sequences per sequence of text.
 RANDOM_SHARE = 1 / 4
@@ -69,9 +69,7 @@ def self_tokens(model: Any, n_sequences: int, sequence_length: int, seed: int) -
     tokens = torch.cat([first, second], dim=1)
     past, batch = None, tokens.to(model.device)
     with torch.inference_mode():
-        for _ in tqdm(
-            range(sequence_length - 2), desc="sampling calibration tokens", unit="token", disable=None, leave=False
-        ):
+        for _ in progress(range(sequence_length - 2), desc="sampling calibration tokens", unit="token"):
             out = model(input_ids=batch, past_key_values=past, use_cache=True)
             past = out.past_key_values
             probabilities = out.logits[:, -1].float().softmax(-1).cpu()

@@ -20,7 +20,6 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType, LlamaFileType
-from tqdm import tqdm
 
 from .. import __version__
 from ..calibration import activations as calibrate
@@ -37,6 +36,7 @@ from ..models import checkpoint
 from ..models.blocks import Blocks
 from ..models.source import full_precision
 from ..models.weights import check_weights, load_weight
+from ..progress import progress
 from ..quantizer.kquants import KQUANTS
 from ..quantizer.moments import DAMPING
 from ..quantizer.quantize import Method
@@ -414,6 +414,6 @@ def dequantize_file(source: Path, out: Path, ggml_type: T) -> int:
         out,
         metadata,
         infos,
-        (decode(info) for info in tqdm(infos, desc="decoding", unit="tensor", disable=None, leave=False)),
+        (decode(info) for info in progress(infos, desc="decoding", unit="tensor")),
     )
     return out.stat().st_size

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
-from tqdm import tqdm
 
 from ..files.gguf import tensor_bytes
+from ..progress import progress
 from ..quantizer.moments import Moments, output_error
 from ..quantizer.quantize import quantize, quantizer_type
 from .plan import TensorPlan
@@ -44,7 +44,7 @@ def measured(
     """
     errors: dict[str, dict[T, float]] = {}
     stakes: dict[str, float] = {}  # the divergence at a relative error of 1, all of the matrix gone
-    for plan in tqdm(plans, desc="measuring types", unit="tensor", disable=None, leave=False):
+    for plan in progress(plans, desc="measuring types", unit="tensor"):
         weight = weight_of(plan.name)
         seen = moments_of(plan.name)
         hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)

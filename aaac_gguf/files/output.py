@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..errors import AaacError
+from ..progress import progress
 from . import format as fmt
 from .gguf import (
     SPLIT_COUNT,
@@ -292,14 +292,12 @@ def write_shards(shards: Sequence[Shard], journal: Journal, encode: Encode) -> N
     tensors = [t for shard in shards for t in shard.tensors]
     n_weights = {t.name: t.n_weights for t in tensors}
     done = sum(n_weights[name] for name in journal.records)
-    bar = tqdm(
+    bar = progress(
         total=sum(n_weights.values()),
         initial=done,
         desc="quantizing",
         unit="weight",
         unit_scale=True,
-        disable=None,
-        leave=False,
     )
     with bar:
         for shard in shards if not journal.complete else []:

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from ..errors import AaacError
+from ..progress import progress
 from ..resources import cache_dir, sha256
 from . import patch
 
@@ -226,7 +226,7 @@ def _run_logged(command: Sequence[str | os.PathLike[str]], log: Path, env: Mappi
     tail: deque[str] = deque(maxlen=30)
     with (
         open(log, "a", buffering=1) as f,
-        tqdm(desc="building llama.cpp", unit="step", disable=None, leave=False) as bar,
+        progress(desc="building llama.cpp", unit="step") as bar,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
         ) as process,

@@ -7,10 +7,10 @@ import hashlib
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
-from tqdm import tqdm
 
 from ..errors import AaacError
 from ..files.gguf import GgufFile, TensorInfo, field_values, render_header
+from ..progress import progress
 
 
 def check_weights(file: GgufFile) -> str:
@@ -19,7 +19,7 @@ def check_weights(file: GgufFile) -> str:
         TensorInfo(name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type) for name, t in file.tensors.items()
     ]
     digest = hashlib.sha256(render_header(field_values(file.fields), infos))
-    for name, tensor in tqdm(file.tensors.items(), desc="checking weights", unit="tensor", disable=None, leave=False):
+    for name, tensor in progress(file.tensors.items(), desc="checking weights", unit="tensor"):
         if tensor.tensor_type in (T.F32, T.F16, T.BF16) and not torch.isfinite(_stored(file, name)).all():
             raise AaacError(f"{file.path}: tensor {name} holds NaN or Inf; the checkpoint is broken, download it again")
         digest.update(np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8).data)

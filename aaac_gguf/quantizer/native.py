@@ -7,73 +7,23 @@ does the same work. Both make the same choices but for ties within rounding.
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..resources import cache_dir
+from ..compiler import c_library
 
 if TYPE_CHECKING:
     from .grid import Grid
 
 _SOURCE = Path(__file__).with_name("search.c")
-_FLAGS = [
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-    "-Wno-attributes",
-    "-Wno-unknown-pragmas",
-]
-if platform.machine() in ("x86_64", "AMD64"):
-    _FLAGS.append("-mprefer-vector-width=512")
 
 
-@functools.cache
 def native() -> ctypes.CDLL | None:
-    """The compiled library, or None, with a warning, where it cannot be built."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
-    if not compiler:
-        warnings.warn("no C compiler (cc, gcc, clang) found: rounding takes several times as long", stacklevel=2)
-        return None
-    try:
-        return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.CalledProcessError) as e:
-        warnings.warn(f"{_SOURCE.name} could not be compiled, rounding takes several times as long: {e}", stacklevel=2)
-        return None
-
-
-def _built(compiler: str) -> Path:
-    # The predefined macros name the compiler and every instruction set of this machine, which may share its cache folder with others.
-    macros = subprocess.run(
-        [compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull], check=True, capture_output=True
-    ).stdout
-    out = (
-        cache_dir()
-        / f"search-{hashlib.sha256(_SOURCE.read_bytes() + macros + ' '.join(_FLAGS).encode()).hexdigest()[:16]}.so"
-    )
-    if out.exists():
-        return out
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="search-") as folder:
-        made = Path(folder) / out.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
-        if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
-            subprocess.run(command, check=True, capture_output=True)  # Apple's clang has no OpenMP: one thread
-        os.replace(made, out)
-    return out
+    """Return the compiled library, or None, with a warning, if it cannot be built."""
+    return c_library(_SOURCE)
 
 
 def scale_borders(scales: Tensor) -> tuple[Tensor, int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType
-from tqdm import tqdm
 
 from .. import __version__
 from ..calibration import tokens as tokens_module
@@ -26,6 +25,7 @@ from ..files.imatrix import Imatrix, write_imatrix
 from ..llama import build as llama
 from ..llama import evaluate, patch, tools
 from ..models import checkpoint
+from ..progress import progress
 from ..resources import sha256
 from . import page, verify
 
@@ -125,7 +125,7 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
                 full.path, text, base, options.n_ctx, options.n_chunks
             )
         imatrix: tuple[Path | None, float] | None = None
-        for type_name, path in tqdm(files.items(), desc="comparing", unit="type", disable=None, leave=False):
+        for type_name, path in progress(files.items(), desc="comparing", unit="type"):
             seconds = None
             if type_name in OURS:
                 seconds = convert.convert(source, path, replace(options.settings, type=T[type_name])).seconds

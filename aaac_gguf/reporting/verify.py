@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
-from tqdm import tqdm
 
 from ..calibration import activations as calibrate
 from ..conversion.convert import dequantize_file
@@ -22,6 +21,7 @@ from ..files.imatrix import Imatrix, read_imatrix
 from ..llama import evaluate
 from ..models import checkpoint
 from ..models.source import full_precision
+from ..progress import progress
 
 # Patched llama.cpp rounds activations to 8 bits, the reference does not. Stock Q8_0 differs from F32 by 0.0009 for the same reason on a small
 # model; a wrong codebook, selector or scale shows up a hundred times larger.
@@ -79,7 +79,7 @@ def verify(path: Path, source: Path | None, text: Path, imatrix: Path | None = N
                 return result
             expected = [
                 log_probabilities(model, sequence, logits.first)
-                for sequence in tqdm(tokens, desc="reference logits", disable=None, leave=False)
+                for sequence in progress(tokens, desc="reference logits")
             ]
         else:
             compare_tensors(
@@ -117,7 +117,7 @@ def compare_shapes(file: GgufFile, full: GgufFile) -> None:
 
 def compare_tensors(result: Verification, file: GgufFile, full: GgufFile, imatrix: Imatrix) -> None:
     """Add the error of every tensor that is not stored as in the source."""
-    for name, tensor in tqdm(file.tensors.items(), desc="comparing tensors", unit="tensor", disable=None, leave=False):
+    for name, tensor in progress(file.tensors.items(), desc="comparing tensors", unit="tensor"):
         if tensor.tensor_type == full.tensors[name].tensor_type:
             if not np.array_equal(tensor.data, full.tensors[name].data):
                 result.failures.append(f"tensor {name} is {tensor.tensor_type.name} in both files and differs")

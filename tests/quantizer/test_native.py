@@ -5,6 +5,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as T
 
+from aaac_gguf import compiler
 from aaac_gguf.files.format import TYPES
 from aaac_gguf.quantizer import native as compiled
 from aaac_gguf.quantizer.codebook import _lloyd_sums, fit
@@ -115,7 +116,7 @@ def test_threads_change_nothing():
 def test_without_a_compiler_torch_does_it(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    compiled.native.cache_clear()
+    compiler.c_library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no C compiler"):
             assert compiled.native() is None
@@ -125,4 +126,4 @@ def test_without_a_compiler_torch_does_it(monkeypatch):
         assert grid.compiled is None
         encode(w, a, grid, 32)
     finally:
-        compiled.native.cache_clear()
+        compiler.c_library.cache_clear()
