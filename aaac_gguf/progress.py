@@ -11,7 +11,7 @@ from tqdm import tqdm
 SECONDS_PER_LINE = 30.0
 
 
-class _Lines(tqdm):  # type: ignore[type-arg]
+class _Lines(tqdm):
     """Print whole lines instead of redrawing one, for logs."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
