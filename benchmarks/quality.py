@@ -40,7 +40,7 @@ from aaac_gguf.quantizer import moments as hessian
 from aaac_gguf.quantizer.feedback import feedback
 from aaac_gguf.quantizer.grid import Grid
 from aaac_gguf.quantizer.moments import factor
-from aaac_gguf.quantizer.quantize import quantize, quantizer_type
+from aaac_gguf.quantizer.quantize import quantize
 from aaac_gguf.quantizer.search import decode
 
 CONTEXT = 512
@@ -253,9 +253,7 @@ def ours(ggml_type: T, mode: str) -> Method:
             "columns": {"hessian": layer.moments.inputs},
             "columns and rows": {"hessian": layer.moments.inputs, "outputs": layer.moments.outputs},
         }[mode]
-        q = quantize(
-            layer.target if "hessian" in given else layer.weight, quantizer_type(ggml_type), seed=seed, **given
-        )
+        q = quantize(layer.target if "hessian" in given else layer.weight, ggml_type, seed=seed, **given)
         return torch.from_numpy(gguf_io.dequantize(q.data, ggml_type, q.codec))
 
     return reconstruct

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
@@ -20,17 +19,11 @@ from ..files.gguf import GgufFile, TensorInfo, dequantize
 from ..files.imatrix import Imatrix
 from ..files.output import Record
 from ..models.weights import load_weight
-from ..quantizer.kquants import KQUANTS, quantize_rounded
+from ..quantizer.kquants import KQUANTS
 from ..quantizer.moments import Moments
-from ..quantizer.quantize import Method, quantize, quantizer_type
+from ..quantizer.quantize import Method, quantize
+from ..quantizer.types import round_to_nearest as encode_stock
 from .plan import TensorPlan
-
-
-def encode_stock(weight: Tensor, ggml_type: T) -> NDArray[Any]:
-    """The data of a type that every llama.cpp reads."""
-    if ggml_type in KQUANTS:
-        return quantize_rounded(KQUANTS[ggml_type], weight)
-    return gguf.quantize(weight.cpu().numpy(), ggml_type)
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class Encoder:
         if seen:
             result = quantize(
                 seen.target(weight),
-                quantizer_type(plan.type),
+                plan.type,
                 None,
                 seen.inputs,
                 seen.outputs,
@@ -116,5 +109,5 @@ class Encoder:
         else:
             entry = self.imatrix.entries.get(plan.name)
             importance = torch.from_numpy(entry.importance()).to(weight.device) if entry else None
-            result = quantize(weight, quantizer_type(plan.type), importance, method=method, seed=self.rounding.seed)
+            result = quantize(weight, plan.type, importance, method=method, seed=self.rounding.seed)
         return result.data, Record(result.codec, result.relative_error, result.weighted_error, result.damping)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..files.gguf import tensor_bytes
 from ..progress import progress
 from ..quantizer.moments import Moments, output_error
-from ..quantizer.quantize import quantize, quantizer_type
+from ..quantizer.quantize import quantize
 from .plan import TensorPlan
 
 # Smallest first. Types between these cost more error for their bytes than a mixture of their neighbours.
@@ -50,7 +50,7 @@ def measured(
         hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
         fitting = [t for t in CANDIDATES if plan.shape[-1] % GGML_QUANT_SIZES[t][0] == 0]
         errors[plan.name] = {
-            t: quantize(weight, quantizer_type(t), None, hessian, outputs, seed=seed).weighted_error for t in fitting
+            t: quantize(weight, t, None, hessian, outputs, seed=seed).weighted_error for t in fitting
         }
         if hessian is not None and outputs is not None:
             stakes[plan.name] = output_error(weight, hessian, outputs) / 2

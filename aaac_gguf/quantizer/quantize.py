@@ -1,105 +1,64 @@
-"""One tensor in, blocks and codec out: the entry point of the quantizer."""
+"""Quantize one tensor: the entry point of the quantizer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..files.format import MAX_LEVEL, TYPES_BY_ID, AaacType, Codec, pack, scale_factors
-from .codebook import fit, fit_paper
-from .feedback import feedback, feedback_on_steps
-from .grid import Encoded, Grid, row_chunks
-from .kquants import KQUANTS, KQuant
-from .moments import Factor, factor, output_error
-from .search import decode, encode, encode_absmax
-from .stock import STOCK_TYPES, StockType
+from ..errors import AaacError
+from ..files.format import Codec
+from ..files.gguf import dequantize
+from .grid import row_chunks
+from .moments import factor, output_error
+from .types import TENSOR_TYPES, Method, Quantizer
+from .weighted import WeightedTensor
 
-Method = Literal["aaac", "paper"]
-
-# Weights from which a codebook pair is fitted; the scales are searched for every group all the same. Of a 4096 x 4096 matrix (Student's t, two seeds)
-# the error is 0.00427 and 0.00433 with so many, 0.00427 with all.
-_FIT_SAMPLE = 1 << 20
-# A channel that calibration saw inactive keeps this share of the mean importance, so that its weights are still rounded sensibly.
+# A channel that calibration saw inactive keeps this share of the mean importance, so its weights are still rounded sensibly.
 _IMPORTANCE_FLOOR = 1e-8
 
 
-def quantizer_type(ggml_type: T) -> AaacType | StockType | KQuant:
-    """What `quantize` takes for a type that is rounded by search."""
-    return TYPES_BY_ID.get(ggml_type) or STOCK_TYPES.get(ggml_type) or KQUANTS[ggml_type]
-
-
 @dataclass(frozen=True, eq=False)
-class Quantized:
-    """A tensor in the format.
+class QuantizedTensor:
+    """A tensor as it is written.
 
-    data             uint8 [..., row bytes], the outer dimensions of the weight
-    codec            its codebooks, scale base and mantissa bits; None for a stock type
+    type             its type
+    data             blocks, uint8 [..., row bytes], with the outer dimensions of the weight
+    codec            codebooks, scale base and mantissa bits of an AAAC type; None for other types
     relative_error   sum (w - q)^2 / sum w^2
-    weighted_error   the same under the importance, or tr(O (W - Q) H (W - Q)^T) / tr(O W H W^T) with a Hessian; O is 1 where no outputs are given
-    damping          what the Hessian's diagonal took, relative to its mean, at most over the experts; 0 without a Hessian
+    weighted_error   the same under the importance; with a Hessian tr(O (W - Q) H (W - Q)^T) / tr(O W H W^T), O the identity if no outputs are given
+    damping          what was added to the Hessian's diagonal, relative to its mean, the largest over the experts; 0 without a Hessian
     """
 
+    type: T
     data: NDArray[np.uint8]
     codec: Codec | None
     relative_error: float
     weighted_error: float
     damping: float
 
-
-class _Source:
-    """The weights [E, N, K] in units that keep squares inside float32, and the error weight of each.
-
-    With `by_magnitude` the error weight is importance * sqrt(mean(w^2) + w^2), the mean over the row, as in llama.cpp's quantizers: the importance
-    is known for the calibration text only, and large weights are the ones that other text can turn into large errors.
-    """
-
-    def __init__(self, weight: Tensor, importance: Tensor, unit: float, by_magnitude: bool):
-        self.weight, self.importance, self.unit, self.by_magnitude = weight, importance, unit, by_magnitude
-        flat = weight.reshape(-1, weight.shape[-1])
-        self.mean_square = (torch.linalg.vector_norm(flat, dim=1) / unit).square() / flat.shape[1]
-
-    def rows(self, expert: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Weights float32 [n, K] and their error weights, broadcastable to them."""
-        w = self.weight[expert, rows] / self.unit
-        return w, self._error_weight(
-            w, self.importance[expert], self.mean_square.view(self.weight.shape[:2])[expert, rows, None]
-        )
-
-    def groups(self, group_size: int, limit: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Groups [G, group_size] and their error weights: all, or `limit` weights' worth drawn at random (on the CPU: the same for every device)."""
-        n_experts, n_rows, n_per_row = self.weight.shape
-        per_row = n_per_row // group_size
-        total, wanted = n_experts * n_rows * per_row, limit // group_size
-        drawn = torch.arange(total) if total <= wanted else torch.randint(total, (wanted,), generator=generator)
-        drawn = drawn.to(self.weight.device)
-        row = drawn // per_row
-        w = self.weight.reshape(-1, group_size)[drawn] / self.unit
-        importance = self.importance.view(n_experts, per_row, group_size)[row // n_rows, drawn % per_row]
-        return w, self._error_weight(w, importance, self.mean_square[row, None])
-
-    def _error_weight(self, w: Tensor, importance: Tensor, mean_square: Tensor) -> Tensor:
-        return importance * torch.sqrt(mean_square + w.square()) if self.by_magnitude else importance
+    def dequantize(self) -> NDArray[np.float32]:
+        """Return the weights that a reader of the file sees, float32 in the shape of the weight."""
+        return dequantize(self.data, self.type, self.codec)
 
 
 def quantize(
     weight: Tensor,
-    qtype: AaacType | StockType | KQuant,
+    type: T,
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
     outputs: Tensor | None = None,
     *,
     method: Method = "aaac",
     seed: int = 0,
-) -> Quantized:
+    backend: str | None = None,
+) -> QuantizedTensor:
     """Quantize `weight`, float32 [N, K] or [E, N, K] with E experts that share the codebooks, on the device where it is.
 
     importance: mean of x^2 per input channel, [K] or [E, K]; an expert whose importance is zero throughout was never routed to and counts as 1.
@@ -109,12 +68,11 @@ def quantize(
     method: "aaac", or "paper" for Algorithm 1 of the paper with absmax scales, which takes no Hessian and makes AAAC types only (ValueError).
     Weights must be finite. The same seed gives the same bytes. Raises AaacError for rows that are not whole blocks.
     """
-    if method == "paper" and (hessian is not None or not isinstance(qtype, AaacType)):
+    quantizer = _quantizer(type, weight.shape[-1])
+    if method == "paper" and (hessian is not None or method not in quantizer.methods):
         raise ValueError("the paper's method has no error feedback and no stock types")
     if outputs is not None and (hessian is None or weight.dim() != 2):
         raise ValueError("outputs go with a Hessian and a single matrix")
-    if isinstance(qtype, AaacType):
-        qtype.row_bytes(weight.shape[-1])  # refuses ragged rows
     experts = weight.reshape(-1, *weight.shape[-2:])
     n_experts, n_rows, n_per_row = experts.shape
     largest = float(weight.abs().amax())
@@ -123,18 +81,9 @@ def quantize(
         hessian = hessian.reshape(n_experts, n_per_row, n_per_row)
         importance = hessian.diagonal(dim1=1, dim2=2)
     importance = _normalised(importance, n_experts, n_per_row, weight.device)
-    source = _Source(experts, importance, unit, by_magnitude=method == "aaac" and hessian is None)
-
-    codec = None
-    if isinstance(qtype, KQuant):
-        rounded = _k_rounding(qtype, unit)
-    elif isinstance(qtype, StockType):
-        rounded = _grid_rounding(qtype, qtype.grid(weight.device, unit), qtype.pack)
-    else:
-        codec = _in_range(_fitted(source, qtype, largest / unit, method, seed), unit)
-        rounded = _grid_rounding(
-            qtype, Grid.of_codec(codec, qtype, weight.device, unit), partial(_pack, qtype), absmax=method == "paper"
-        )
+    tensor = WeightedTensor(experts, importance, unit, by_magnitude=method == "aaac" and hessian is None)
+    codec = quantizer.fit(tensor, largest / unit, method, seed)
+    rounder = quantizer.rounder(codec, unit, weight.device, method)
 
     data = []
     sums = np.zeros((2, 2))
@@ -145,8 +94,8 @@ def quantize(
             inputs = factor(hessian[expert])
             damping = max(damping, inputs.damping)
         for rows in row_chunks(experts[expert]) if hessian is None else [slice(0, n_rows)]:
-            w, error_weight = source.rows(expert, rows)
-            packed, decoded = rounded(w, error_weight, inputs, outputs)
+            w, error_weight = tensor.rows(expert, rows)
+            packed, decoded = rounder(w, error_weight, inputs, outputs)
             data.append(packed)
             for row, values in enumerate((w - decoded, w)):
                 weighted = (
@@ -156,64 +105,31 @@ def quantize(
                 )
                 sums[row] += _weighted_square(values, torch.ones_like(importance[expert])), weighted
     relative, weighted = np.divide(sums[0], sums[1], out=np.zeros(2), where=sums[1] > 0)
-    return Quantized(
-        np.concatenate(data).reshape(*weight.shape[:-1], -1), codec, float(relative), float(weighted), damping
+    return QuantizedTensor(
+        type, np.concatenate(data).reshape(*weight.shape[:-1], -1), codec, float(relative), float(weighted), damping
     )
 
 
-# Weights [n, K] and their error weights, the factored H and O if there are any -> blocks uint8 [n, row bytes] and what they decode to.
-Rounding = Callable[[Tensor, Tensor, Factor | None, Tensor | None], tuple[NDArray[np.uint8], Tensor]]
-
-
-def _grid_rounding(
-    qtype: AaacType | StockType, grid: Grid, pack: Callable[[Encoded], NDArray[np.uint8]], absmax: bool = False
-) -> Rounding:
-    def rounded(
-        w: Tensor, error_weight: Tensor, inputs: Factor | None, outputs: Tensor | None
-    ) -> tuple[NDArray[np.uint8], Tensor]:
-        if inputs:
-            encoded = feedback(w, inputs, grid, qtype, outputs)
-        else:
-            encoded = (encode_absmax if absmax else encode)(w, error_weight, grid, qtype.group_size)
-        return pack(encoded), decode(encoded, grid)
-
-    return rounded
-
-
-def _k_rounding(kind: KQuant, unit: float) -> Rounding:
-    def rounded(
-        w: Tensor, error_weight: Tensor, inputs: Factor | None, outputs: Tensor | None
-    ) -> tuple[NDArray[np.uint8], Tensor]:
-        w = w * unit
-        steps = kind.steps(w, error_weight.expand(w.shape))
-        quants = feedback_on_steps(w, inputs, steps, outputs) if inputs else steps.quants(w)
-        return kind.packed(quants, steps), steps.weights(quants) / unit
-
-    return rounded
-
-
-def _fitted(source: _Source, qtype: AaacType, largest: float, method: Method, seed: int) -> Codec:
-    generator = torch.Generator().manual_seed(seed)
-    if method == "paper":
-        return fit_paper(*source.groups(qtype.group_size, source.weight.numel(), generator), qtype, largest, generator)
-    return fit(*source.groups(qtype.group_size, _FIT_SAMPLE, generator), qtype, largest)
+def _quantizer(type: T, n_per_row: int) -> Quantizer:
+    """Return the quantizer of a type. Raises AaacError for a type without one, and for rows that are not whole blocks."""
+    entry = TENSOR_TYPES.get(type)
+    if not entry or not entry.quantizer:
+        raise AaacError(f"`type` {type.name}: it is not rounded by search; choose a quantized type")
+    block_size = GGML_QUANT_SIZES[type][0]
+    if n_per_row % block_size:
+        raise AaacError(
+            f"{type.name}: rows of {n_per_row} weights are not whole blocks of {block_size}; use another type for this tensor"
+        )
+    return entry.quantizer
 
 
 def _power_of_two(largest: float) -> float:
-    """The power of two at or below the largest magnitude, at least 2^-100."""
+    """Return the power of two at or below the largest magnitude, at least 2^-100."""
     return 2.0 ** max(math.frexp(largest)[1] - 1, -100) if largest > 0 else 1.0
 
 
-def _in_range(codec: Codec, unit: float) -> Codec:
-    """The codec for weights that are `unit` times as large, the scale base kept a normal number and no scale times a level beyond float32."""
-    reach = float(scale_factors(codec.scale_mantissa_bits)[-1]) * MAX_LEVEL
-    limits = np.finfo(np.float32)
-    base = min(max(codec.scale_base * unit, float(limits.tiny)), 0.999 * float(limits.max) / reach)
-    return replace(codec, scale_base=float(np.float32(base)))
-
-
 def _normalised(importance: Tensor | None, n_experts: int, n_per_row: int, device: torch.device) -> Tensor:
-    """Importance float32 [E, K] with mean 1 over the experts that have any, 1 for the others, and a floor."""
+    """Return importance float32 [E, K] with mean 1 over the experts that have any, 1 for the others, and a floor."""
     if importance is None:
         return torch.ones(n_experts, n_per_row, device=device)
     values = importance.to(device, torch.float64).reshape(-1, n_per_row).expand(n_experts, n_per_row)
@@ -224,8 +140,3 @@ def _normalised(importance: Tensor | None, n_experts: int, n_per_row: int, devic
 
 def _weighted_square(values: Tensor, weight: Tensor) -> float:
     return float((values.square() @ weight).double().sum())
-
-
-def _pack(qtype: AaacType, encoded: Encoded) -> NDArray[np.uint8]:
-    parts = (encoded.indices, encoded.selectors, encoded.scale_codes.to(torch.uint8))
-    return pack(qtype, *(part.cpu().numpy() for part in parts))

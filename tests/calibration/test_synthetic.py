@@ -21,7 +21,7 @@ from aaac_gguf.models import checkpoint
 from aaac_gguf.models.rows import Rows
 from aaac_gguf.models.weights import load_weight
 from aaac_gguf.quantizer.moments import output_error
-from aaac_gguf.quantizer.quantize import quantize, quantizer_type
+from aaac_gguf.quantizer.quantize import quantize
 
 D, HEAD, FF, VOCAB = 32, 8, 48, 100
 SETTINGS = {"attention.head_count": 4, "attention.head_count_kv": 2}
@@ -310,7 +310,7 @@ def test_encoder_asks_for_what_is_not_measured(tensors, tmp_path):
     )
     data, record = encode(next(p.info for p in plans if p.name == name))
     hessian = SyntheticMoments(file, Imatrix({})).of(name).inputs
-    expected = quantize(load_weight(file, name, "cpu"), quantizer_type(T["AAAC4_G16"]), None, hessian)
+    expected = quantize(load_weight(file, name, "cpu"), T["AAAC4_G16"], None, hessian)
     np.testing.assert_array_equal(data, expected.data)
     assert record.damping > 0
 
@@ -339,7 +339,7 @@ def test_worth_on_the_bundled_model(demo_full, tmp_path):
                 {"importance": torch.from_numpy(imatrix.entries[name].importance())},
                 {"hessian": synthetic.of(name).inputs},
             ):
-                made = quantize(w, fmt.G16, **given)
+                made = quantize(w, T["AAAC4_G16"], **given)
                 errors.append(
                     output_error(w - torch.from_numpy(fmt.decode(fmt.G16, made.data, made.codec)), sums[parameter])
                 )

@@ -11,7 +11,7 @@ from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Imatrix
 from aaac_gguf.models.weights import load_weight
 from aaac_gguf.quantizer.moments import Moments
-from aaac_gguf.quantizer.quantize import quantize, quantizer_type
+from aaac_gguf.quantizer.quantize import quantize
 
 Q, DOWN = "blk.0.attn_q.weight", "blk.0.ffn_down.weight"
 
@@ -71,7 +71,7 @@ def test_a_block_is_quantized_in_the_order_of_its_products(file):
     ]
     for name, weight in [(name, weight) for kind, name, weight in moments.events if kind == "put"]:
         seen, full = moments.seen[name], load_weight(file, name, "cpu")
-        expected = quantize(seen.target(full), quantizer_type(T["AAAC4_G16"]), None, seen.inputs)
+        expected = quantize(seen.target(full), T["AAAC4_G16"], None, seen.inputs)
         data, record = made[name]
         np.testing.assert_array_equal(data, expected.data)
         np.testing.assert_array_equal(weight, gguf_io.dequantize(data, T["AAAC4_G16"], record.codec))

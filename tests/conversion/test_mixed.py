@@ -14,7 +14,7 @@ from aaac_gguf.conversion.mixed import CANDIDATES, Choice, choose, measured
 from aaac_gguf.conversion.plan import TensorPlan
 from aaac_gguf.files.gguf import read
 from aaac_gguf.quantizer.moments import Moments
-from aaac_gguf.quantizer.quantize import quantize, quantizer_type
+from aaac_gguf.quantizer.quantize import quantize
 
 OPTIONS = st.lists(
     st.tuples(st.integers(1, 50), st.integers(0, 1000)), min_size=1, max_size=len(CANDIDATES), unique_by=lambda o: o[0]
@@ -95,7 +95,7 @@ def test_a_matrix_that_matters_costs_more():
     # Half of the squared error of the outputs, here of the weights.
     q6_k = choices["small"][CANDIDATES.index(T.Q6_K)]
     assert q6_k.loss == pytest.approx(
-        quantize(weight, quantizer_type(T.Q6_K)).relative_error * float(weight.square().sum()) / 2, rel=0.3
+        quantize(weight, T.Q6_K).relative_error * float(weight.square().sum()) / 2, rel=0.3
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as T
 
 from aaac_gguf.files.format import G16, TYPES, decode
 from aaac_gguf.quantizer.codebook import _kmeans_step, fit_paper, round_levels
@@ -41,7 +42,7 @@ ODD_WEIGHTS = {
 @pytest.mark.parametrize("name", ODD_WEIGHTS)
 def test_any_weights_give_a_codec_that_readers_accept(qtype, method, name):
     weight = ODD_WEIGHTS[name]
-    q = quantize(weight, qtype, method=method)
+    q = quantize(weight, T[qtype.name], method=method)
     decoded = decode(qtype, q.data, q.codec.check(name))
     assert np.isfinite(decoded).all()
     assert np.isfinite([q.relative_error, q.weighted_error]).all()
@@ -111,7 +112,7 @@ def test_levels_serve_the_groups_with_large_scales():
     """A level's error counts with the square of the scale, so groups of a third the size hardly move the codebooks."""
     large = heavy_tailed(256, 512)
     small = 0.3 * torch.from_numpy(np.random.default_rng(6).uniform(-1, 1, (256, 512)).astype(np.float32)) * large.std()
-    alone, mixed = (quantize(w, G16).codec.codebooks.astype(int) for w in (large, torch.cat([large, small])))
+    alone, mixed = (quantize(w, T[G16.name]).codec.codebooks.astype(int) for w in (large, torch.cat([large, small])))
     assert np.abs(alone - mixed).mean() < 0.3
 
 
@@ -119,22 +120,22 @@ def test_levels_serve_the_groups_with_large_scales():
 def test_ours_is_better_than_the_paper_and_the_paper_than_nothing(qtype):
     weight = heavy_tailed(128)
     importance = torch.from_numpy(np.random.default_rng(3).lognormal(0, 1, 256).astype(np.float32))
-    ours, paper = (quantize(weight, qtype, importance, method=m).weighted_error for m in ("aaac", "paper"))
+    ours, paper = (quantize(weight, T[qtype.name], importance, method=m).weighted_error for m in ("aaac", "paper"))
     assert ours < 0.95 * paper
     assert paper < 0.02
 
 
 def test_more_scales_are_better():
-    errors = [quantize(heavy_tailed(128, 512), qtype).relative_error for qtype in TYPES.values()]
+    errors = [quantize(heavy_tailed(128, 512), T[qtype.name]).relative_error for qtype in TYPES.values()]
     assert errors == sorted(errors)
 
 
 @pytest.mark.parametrize("method", ["aaac", "paper"])
 def test_the_seed_decides(method, monkeypatch):
-    monkeypatch.setattr("aaac_gguf.quantizer.quantize._FIT_SAMPLE", 1 << 12)
+    monkeypatch.setattr("aaac_gguf.quantizer.types._FIT_SAMPLE", 1 << 12)
     monkeypatch.setattr("aaac_gguf.quantizer.codebook._QUANTILE_SAMPLE", 1 << 12)
     weight = heavy_tailed()
-    one, same, other = (quantize(weight, G16, method=method, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (quantize(weight, T[G16.name], method=method, seed=seed) for seed in (0, 0, 1))
     assert one.data.tobytes() == same.data.tobytes()
     assert np.array_equal(one.codec.codebooks, same.codec.codebooks)
     assert not np.array_equal(one.codec.codebooks, other.codec.codebooks)
@@ -142,6 +143,6 @@ def test_the_seed_decides(method, monkeypatch):
 
 def test_a_sample_is_nearly_as_good_as_all(monkeypatch):
     weight = heavy_tailed(256, 512)
-    everything = quantize(weight, G16)
-    monkeypatch.setattr("aaac_gguf.quantizer.quantize._FIT_SAMPLE", 1 << 15)
-    assert quantize(weight, G16).relative_error < 1.01 * everything.relative_error
+    everything = quantize(weight, T[G16.name])
+    monkeypatch.setattr("aaac_gguf.quantizer.types._FIT_SAMPLE", 1 << 15)
+    assert quantize(weight, T[G16.name]).relative_error < 1.01 * everything.relative_error

@@ -59,7 +59,11 @@ def on_host(lib, monkeypatch):
 
 
 def grid_of(qtype, w: torch.Tensor, compiled: bool) -> Grid:
-    grid = qtype.grid("cpu", 1.0) if hasattr(qtype, "grid") else Grid.of_codec(quantize(w, qtype).codec, qtype, "cpu")
+    grid = (
+        qtype.grid("cpu", 1.0)
+        if hasattr(qtype, "grid")
+        else Grid.of_codec(quantize(w, T[qtype.name]).codec, qtype, "cpu")
+    )
     if not compiled:
         grid.__dict__["compiled"] = None
     return grid

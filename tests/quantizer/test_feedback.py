@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as T
 
 from aaac_gguf.files.format import G16, TYPES, decode
 from aaac_gguf.quantizer.feedback import feedback
@@ -36,7 +37,7 @@ def output_error(weight: torch.Tensor, decoded: np.ndarray, h: torch.Tensor) -> 
 def both(qtype, h: torch.Tensor) -> tuple[float, float]:
     """Output error with and without feedback."""
     w = weights()
-    fed, diagonal = quantize(w, qtype, hessian=h), quantize(w, qtype, importance=h.diagonal())
+    fed, diagonal = quantize(w, T[qtype.name], hessian=h), quantize(w, T[qtype.name], importance=h.diagonal())
     return tuple(output_error(w, decode(qtype, q.data, q.codec), h) for q in (fed, diagonal))
 
 
@@ -44,7 +45,7 @@ def both(qtype, h: torch.Tensor) -> tuple[float, float]:
 def test_feedback_lowers_the_output_error(qtype):
     fed, diagonal = both(qtype, hessian())
     assert fed < 0.8 * diagonal
-    assert quantize(weights(), qtype, hessian=hessian()).weighted_error == pytest.approx(fed, rel=1e-3)
+    assert quantize(weights(), T[qtype.name], hessian=hessian()).weighted_error == pytest.approx(fed, rel=1e-3)
 
 
 def test_factor_inverts_the_damped_hessian():
@@ -62,7 +63,7 @@ def test_factor_inverts_the_damped_hessian():
 def test_without_correlation_nothing_is_fed_back(qtype):
     """Then every weight has the level nearest to it, and groups do not see each other."""
     w = weights()
-    grid = Grid.of_codec(quantize(w, qtype).codec, qtype, "cpu")
+    grid = Grid.of_codec(quantize(w, T[qtype.name]).codec, qtype, "cpu")
     fed = feedback(w, factor(torch.eye(K)), grid, qtype)
     scales = grid.scales[fed.scale_codes.long()].repeat_interleave(qtype.group_size, 1)
     books = grid.levels[fed.selectors.long().repeat_interleave(16, 1)]
@@ -90,7 +91,7 @@ def literal_feedback(w, h, encoded, grid):
 
 def test_feedback_is_the_conditional_optimum_column_by_column():
     w, h = weights()[:24, :128], hessian()[:128, :128]
-    codec = quantize(w, G16).codec
+    codec = quantize(w, T[G16.name]).codec
     grid = Grid.of_codec(codec, G16, "cpu")
     factored = factor(h)
     encoded = feedback(w, factored, grid, G16, sweeps=0)
@@ -111,7 +112,7 @@ def test_dead_channels_are_rounded_for_themselves(qtype):
     assert (u[32:64, 64:] == 0).all()
     assert (u[:32, 32:64] == 0).all()
     w = weights()
-    q = quantize(w, qtype, hessian=h)
+    q = quantize(w, T[qtype.name], hessian=h)
     difference = w - torch.from_numpy(decode(qtype, q.data, q.codec))
     assert difference[:, 32:64].square().sum() < 0.03 * w[:, 32:64].square().sum()
     fed, diagonal = both(qtype, h)
@@ -126,7 +127,7 @@ def test_fewer_tokens_than_channels(qtype, n_tokens):
     fed, diagonal = both(qtype, h)
     assert fed < diagonal
     w = weights()
-    q = quantize(w, qtype, hessian=h)
+    q = quantize(w, T[qtype.name], hessian=h)
     assert 0 < q.damping < 1
     assert q.relative_error < 0.5
 
@@ -140,11 +141,14 @@ def test_a_hessian_that_is_not_definite_takes_more_damping_and_says_so():
 
 def test_the_hessians_magnitude_does_not_matter():
     w, h = weights(), hessian()
-    assert quantize(w, G16, hessian=h).data.tobytes() == quantize(w, G16, hessian=h * 2.0**40).data.tobytes()
+    assert (
+        quantize(w, T[G16.name], hessian=h).data.tobytes()
+        == quantize(w, T[G16.name], hessian=h * 2.0**40).data.tobytes()
+    )
 
 
 def test_all_dead():
-    q = quantize(weights(), G16, hessian=torch.zeros(K, K))
+    q = quantize(weights(), T[G16.name], hessian=torch.zeros(K, K))
     assert q.relative_error < 0.01
     assert q.weighted_error == 0
 
@@ -152,8 +156,8 @@ def test_all_dead():
 def test_experts_each_have_their_hessian():
     w = torch.stack([weights(0), weights(1), weights(2)])
     h = torch.stack([hessian(seed=1), torch.zeros(K, K), hessian(seed=3)])
-    q = quantize(w, G16, hessian=h)
-    plain = quantize(w, G16, importance=h.diagonal(dim1=1, dim2=2))
+    q = quantize(w, T[G16.name], hessian=h)
+    plain = quantize(w, T[G16.name], importance=h.diagonal(dim1=1, dim2=2))
     for e in (0, 2):
         fed, diagonal = (output_error(w[e], decode(G16, x.data[e], x.codec), h[e]) for x in (q, plain))
         assert fed < 0.8 * diagonal
@@ -163,7 +167,7 @@ def test_experts_each_have_their_hessian():
 def test_sweeps_lower_the_output_error(qtype):
     w, h = weights(), hessian()
     factored = factor(h)
-    grid = Grid.of_codec(quantize(w, qtype, h.diagonal()).codec, qtype, "cpu")
+    grid = Grid.of_codec(quantize(w, T[qtype.name], h.diagonal()).codec, qtype, "cpu")
     errors = [
         float(
             module_output_error(
@@ -186,7 +190,7 @@ def output_moment() -> torch.Tensor:
 @ALL_TYPES
 def test_rows_are_fed_back_where_outputs_are_coupled(qtype):
     w, h, o = weights()[:, :128], hessian()[:128, :128], output_moment()
-    columns, both = quantize(w, qtype, hessian=h), quantize(w, qtype, hessian=h, outputs=o)
+    columns, both = quantize(w, T[qtype.name], hessian=h), quantize(w, T[qtype.name], hessian=h, outputs=o)
     errors = []
     for q in (columns, both):
         d = w.double() - torch.from_numpy(decode(qtype, q.data, q.codec)).double()
@@ -200,15 +204,18 @@ def test_rows_are_fed_back_where_outputs_are_coupled(qtype):
 def test_rows_of_uncoupled_outputs_stay_as_they_are(n_rows):
     w, h = weights()[:n_rows, :128], hessian()[:128, :128]
     o = torch.diag(torch.rand(n_rows) + 0.1)
-    assert quantize(w, G16, hessian=h, outputs=o).data.tobytes() == quantize(w, G16, hessian=h).data.tobytes()
+    assert (
+        quantize(w, T[G16.name], hessian=h, outputs=o).data.tobytes()
+        == quantize(w, T[G16.name], hessian=h).data.tobytes()
+    )
 
 
 def test_outputs_go_with_a_hessian_and_one_matrix():
     for kwargs in ({"weight": weights()}, {"weight": weights()[None], "hessian": hessian()}):
         with pytest.raises(ValueError, match="single matrix"):
-            quantize(qtype=G16, outputs=torch.eye(N), **kwargs)
+            quantize(type=T[G16.name], outputs=torch.eye(N), **kwargs)
 
 
 def test_the_paper_has_no_feedback():
     with pytest.raises(ValueError, match="no error feedback"):
-        quantize(weights(), G16, hessian=hessian(), method="paper")
+        quantize(weights(), T[G16.name], hessian=hessian(), method="paper")

@@ -69,10 +69,9 @@ def test_feedback_lowers_the_output_error(ggml_type):
         for n in (512, 40)
     )
     h, o = x.T @ x / 2000, g.T @ g / 2000
-    kind = KQUANTS[ggml_type]
 
     def error(**moments) -> float:
-        q = quantize(weight, kind, **moments)
+        q = quantize(weight, ggml_type, **moments)
         difference = torch.from_numpy(gguf.dequantize(q.data, ggml_type)) - weight
         if "outputs" in moments:
             assert q.weighted_error == pytest.approx(

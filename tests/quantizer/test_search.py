@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as T
 
 from aaac_gguf.files.format import G16, G32, G128, TYPES, Codec, pack, scale_factors
 from aaac_gguf.files.format import decode as decode_blocks
@@ -99,7 +100,7 @@ def test_search_is_close_to_trying_every_scale(qtype):
 def test_zero_groups_are_exactly_zero_and_small_ones_may_be():
     weight = heavy_tailed(4, 128)
     weight[:, 16:48] = 0
-    q = quantize(weight, G16)
+    q = quantize(weight, T[G16.name])
     assert (decode_blocks(G16, q.data, q.codec)[:, 16:48] == 0).all()
 
 
@@ -108,7 +109,10 @@ def test_zero_groups_are_exactly_zero_and_small_ones_may_be():
 @pytest.mark.parametrize("exponent", [-60, 60])
 def test_powers_of_two_change_the_scale_base_only(qtype, method, exponent):
     weight = heavy_tailed(8, 256)
-    one, other = quantize(weight, qtype, method=method), quantize(weight * 2.0**exponent, qtype, method=method)
+    one, other = (
+        quantize(weight, T[qtype.name], method=method),
+        quantize(weight * 2.0**exponent, T[qtype.name], method=method),
+    )
     assert np.array_equal(one.data, other.data)
     assert np.array_equal(one.codec.codebooks, other.codec.codebooks)
     assert other.codec.scale_base == one.codec.scale_base * 2.0**exponent
@@ -117,9 +121,9 @@ def test_powers_of_two_change_the_scale_base_only(qtype, method, exponent):
 @pytest.mark.parametrize("method", ["aaac", "paper"])
 def test_chunks_do_not_change_the_bytes(method, monkeypatch):
     weight = heavy_tailed(24, 256)
-    whole = quantize(weight, G32, method=method)
+    whole = quantize(weight, T[G32.name], method=method)
     monkeypatch.setitem(grid_module._CHUNK_WEIGHTS, "cpu", 700)
-    assert np.array_equal(quantize(weight, G32, method=method).data, whole.data)
+    assert np.array_equal(quantize(weight, T[G32.name], method=method).data, whole.data)
 
 
 @ALL_TYPES
@@ -131,17 +135,17 @@ def test_importance_steers_the_error(qtype):
         difference = weight - torch.from_numpy(decode_blocks(qtype, q.data, q.codec))
         return float((importance * difference.square()).sum() / (importance * weight.square()).sum())
 
-    informed = quantize(weight, qtype, importance)
+    informed = quantize(weight, T[qtype.name], importance)
     assert informed.weighted_error == pytest.approx(weighted(informed), rel=1e-5)
-    assert weighted(informed) < 0.9 * weighted(quantize(weight, qtype))
-    assert quantize(weight, qtype, importance * 1e20).data.tobytes() == informed.data.tobytes()
+    assert weighted(informed) < 0.9 * weighted(quantize(weight, T[qtype.name]))
+    assert quantize(weight, T[qtype.name], importance * 1e20).data.tobytes() == informed.data.tobytes()
 
 
 def test_dead_channels_are_still_rounded_sensibly():
     weight = heavy_tailed(8, 256)
     importance = torch.ones(256)
     importance[32:64] = 0
-    q = quantize(weight, G16, importance)
+    q = quantize(weight, T[G16.name], importance)
     difference = weight - torch.from_numpy(decode_blocks(G16, q.data, q.codec))
     assert difference[:, 32:64].square().sum() < 0.02 * weight[:, 32:64].square().sum()
 
@@ -150,7 +154,7 @@ def test_experts_share_codebooks_and_an_idle_one_counts_as_one():
     weight = torch.stack([heavy_tailed(8, 128, seed) for seed in range(3)])
     importance = torch.rand(3, 128) + 0.1
     importance[1] = 0
-    q = quantize(weight, G128, importance)
+    q = quantize(weight, T[G128.name], importance)
     assert q.data.shape == (3, 8, G128.row_bytes(128))
     assert q.codec.check("experts").codebooks.shape == (2, 16)
     difference = weight - torch.from_numpy(decode_blocks(G128, q.data, q.codec))
@@ -160,4 +164,4 @@ def test_experts_share_codebooks_and_an_idle_one_counts_as_one():
 
 def test_ragged_rows_are_refused():
     with pytest.raises(ValueError, match="whole blocks of 64"):
-        quantize(torch.ones(2, 96), G16)
+        quantize(torch.ones(2, 96), T[G16.name])
