@@ -120,7 +120,7 @@ def matvec_times(cp: Any, cache: int, copy: float, progress: Callable[[str], Non
             params = kernels._check_codec(qtype, codec)
             for n in MATVEC_COLUMNS:
                 x = cp.random.default_rng(0).standard_normal((n, k), dtype=cp.float32)
-                q8, out = kernels.quantize(x), cp.empty((n, n_rows), cp.float32)
+                q8, out = kernels.quantize_activations(x), cp.empty((n, n_rows), cp.float32)
                 launches = [
                     lambda w=w, q8=q8, out=out, k=k: kernels.matvec_into(qtype, params, w, q8, "", k, out)
                     for w in weights

@@ -220,14 +220,14 @@ def dequant(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, dtype: str = "fl
     return _like(blocks, out, dtype == "bfloat16")
 
 
-def quantize(x: Any) -> Any:
+def quantize_activations(x: Any) -> Any:
     """Activations [n, K] to the 8-bit form that `matvec` multiplies with, uint8 [n, bytes]: integers in the kernels' order, then scales of 32."""
     cupy = _cupy()
     k = int(x.shape[-1])
     if x.ndim != 2 or k == 0 or k % fmt.RUN_SIZE:
         raise AaacError(f"x has shape {list(x.shape)}, expected [columns, a multiple of {fmt.RUN_SIZE}]")
     if x.shape[0] > 65535:
-        raise AaacError(f"x has {x.shape[0]} columns, quantize takes 65535; split it")
+        raise AaacError(f"x has {x.shape[0]} columns, quantize_activations takes 65535; split it")
     view, name = _check_activations(x, k, _view(x, "x"))
     with view.device:
         out = cupy.empty((view.shape[0], _ceil_div(k + k // 8, 16) * 16), cupy.uint8)
@@ -252,12 +252,20 @@ def matvec(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any, quantized
     with view.device:
         out = _cupy().empty((n, view.shape[0]), "float32")
         if out.size:
-            matvec_into(qtype, params, view, quantize(x) if quantized else columns, "" if quantized else name, k, out)
+            matvec_into(
+                qtype,
+                params,
+                view,
+                quantize_activations(x) if quantized else columns,
+                "" if quantized else name,
+                k,
+                out,
+            )
     return _like(blocks, out)
 
 
 def matvec_into(qtype: fmt.AaacType, params: np.ndarray, view: Any, columns: Any, name: str, k: int, out: Any) -> None:
-    """The launch alone, on CuPy arrays that have been checked: columns as `quantize` made them if `name` is empty, else of that float type."""
+    """The launch alone, on CuPy arrays that have been checked: columns as `quantize_activations` made them if `name` is empty, else of that float type."""
     n, n_rows = out.shape
     width = next(w for w in (1, 2, 4, 8) if n <= w)
     args: list[Any] = [params, view, np.int64(_row_stride(view)), np.int32(n_rows), np.int32(k), columns]

@@ -97,7 +97,7 @@ def test_matvec(cp, qtype, n_rows, k, n):
     poison(cp, n, n_rows)
     y = kernels.matvec(qtype, blocks, params, x)
     # the activations that the kernel saw: it keeps integers by unit, 16 that meet low nibbles and 16 that meet high ones, in table order
-    q8 = kernels.quantize(x)
+    q8 = kernels.quantize_activations(x)
     order = np.array([0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15])
     runs = np.concatenate([16 * unit + 32 * half + order for unit in (0, 1) for half in (0, 1)])
     natural = cp.empty((n, k), cp.float64)
