@@ -327,7 +327,7 @@ def quantize_model(row: Row, calibration: Calibration, layers: dict[str, Layer],
 def stock_row(name: str, path: str, layers: dict[str, Layer]) -> Row:
     """The matrices of a finished file."""
     source = gguf_io.read(Path(path))
-    decoded = {id(layer.weight): torch.from_numpy(source.load(name)) for name, layer in layers.items()}
+    decoded = {id(layer.weight): torch.from_numpy(source[name]) for name, layer in layers.items()}
     bits = (
         8
         * sum(source.tensors[name].n_bytes for name in layers)

@@ -36,7 +36,7 @@ def use_model(path: Path) -> None:
     file = gguf_io.read(path)
     for name in file.codecs:
         fmt.check_blocks(fmt.TYPES_BY_ID[file.tensors[name].tensor_type], file.tensors[name].data, name)
-        file.load(name)
+        file[name]
     gguf_io.field_values(file.fields)
     report.inspect_text(file)
 

@@ -163,8 +163,8 @@ class GgufFile:
         """Every tensor's shape in numpy order."""
         return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self.tensors.items()}
 
-    def load(self, name: str) -> fmt.F32:
-        """The weights of tensor `name`, decoded: float32 in numpy order."""
+    def __getitem__(self, name: str) -> fmt.F32:
+        """Return the decoded weights of tensor `name`, float32 in numpy order. Raises KeyError for another name."""
         tensor = self.tensors[name]
         return dequantize(tensor.data, tensor.tensor_type, self.codecs.get(name))
 

@@ -1,52 +1,39 @@
-"""Scale codes, selectors and indices of least weighted error, for codebooks that are given.
+"""The search for scale codes, selectors and indices of least error, for given codebooks.
 
-Per group the search minimises `sum_k a_k (w_k - S(code) C[selector][index])^2` over all three at once. For a fixed scale the best indices are the
-nearest levels and the best selectors follow from them; for fixed indices and selectors the best scale is a weighted least-squares quotient.
-The search starts from a few scales around "the largest weight meets the largest level" and refits each once.
+Without error feedback, the search minimises `sum_k a_k (w_k - S(code) C[selector][index])^2` for each group over all
+three at once. For a fixed scale, the best indices are the nearest levels, and the best selectors follow from them. For
+fixed indices and selectors, the best scale is a weighted least-squares quotient. The search starts from a few scales
+near "the largest weight meets the largest level", and refits each once.
+
+`TorchSearch` is the reference and runs on every device. The other backends, `NativeSearch` and `CudaSearch`, inherit
+from it and replace the methods that they make faster. They make the same choices, except for ties within rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from ..files.format import MAX_LEVEL, SELECTOR_SIZE
-from .grid import CELLS, Encoded, Grid, scale_starts
+from ..files.format import MAX_LEVEL, N_LEVELS, SELECTOR_SIZE
+from .columns import Candidate, Columns, GroupSearch, LayerMetrics, groups_of_block
+from .grid import CELLS, Encoded, Grid, row_chunks, scale_starts
 
 
-def decode(encoded: Encoded, grid: Grid) -> Tensor:
-    """Weights float32 [N, K]; bit for bit `format.decode`."""
-    n_rows, n_per_row = encoded.indices.shape
-    if grid.compiled:
-        out = torch.empty(n_rows, n_per_row)
-        n_groups = encoded.scale_codes.numel()
-        kinds = (encoded.indices, torch.uint8), (encoded.selectors, torch.uint8), (encoded.scale_codes, torch.int32)
-        parts = (t.to(dtype).contiguous() for t, dtype in kinds)
-        grid.compiled.call(
-            "aaac_decode",
-            n_groups,
-            out.numel() // n_groups,
-            grid.levels.contiguous(),
-            grid.levels.shape[1],
-            *parts,
-            out,
-        )
-        return out
-    codebook = encoded.selectors.long().repeat_interleave(SELECTOR_SIZE, 1)
-    levels = grid.levels.reshape(-1)[codebook * grid.levels.shape[1] + encoded.indices.long()]
-    scales = grid.scales[encoded.scale_codes.long()]
-    return (scales[..., None] * levels.view(n_rows, scales.shape[1], -1)).view(n_rows, n_per_row)
-
-
-class _Groups:
-    """Groups of one chunk: weights and error weights [G, g], seen as [G, g / 16, 16] for the selectors."""
+class WeightedGroups:
+    """Groups of weights and their error weights, [G, g / 16, 16] each: the middle dimension is that of the selectors."""
 
     def __init__(self, weight: Tensor, error_weight: Tensor, group_size: int):
         self.w = weight.reshape(-1, group_size // SELECTOR_SIZE, SELECTOR_SIZE)
         self.a = error_weight.expand(weight.shape).reshape(self.w.shape)
 
     def at_scale(self, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """For scale [G]: the error [G], the selectors bool [G, g / 16] and the least-squares scale [G] for the assignment found."""
+        """Assign levels at the scales [G] of the groups.
+
+        Return errors [G], selectors bool [G, g / 16], and the least-squares scales [G] for this assignment.
+        """
         x = self.w * (1 / scale)[:, None, None]
         ax = x * self.a
         cells = grid.cells(x).reshape(-1)
@@ -57,91 +44,162 @@ class _Groups:
             squares.append(torch.linalg.vecdot(self.a * v, v))
             delta = v.sub_(x)
             errors.append(torch.linalg.vecdot(self.a * delta, delta))
-        second = errors[1] < errors[0]
+        selectors = errors[1] < errors[0]
         error = torch.minimum(*errors).sum(1) * scale.square()
-        product = torch.where(second, products[1], products[0]).sum(1)
-        square = torch.where(second, squares[1], squares[0]).sum(1)
-        return error, second, scale * product / square.clamp_min(torch.finfo(square.dtype).tiny)
+        product = torch.where(selectors, products[1], products[0]).sum(1)
+        square = torch.where(selectors, squares[1], squares[0]).sum(1)
+        return error, selectors, scale * product / square.clamp_min(torch.finfo(square.dtype).tiny)
 
 
-def search(
-    weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int, n_starts: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale codes int64 [G], selectors bool [G, g / 16] and errors float32 [G] of the groups of `weight` [N, K], in row order.
+class TorchSearch:
+    """The search over the values of one grid, in torch.
 
-    error_weight is a_k, float32, broadcastable to [N, K]; n_starts: how many of SCALE_STARTS are tried, all unless given.
-    A group keeps code 0 (all zero) where no scale does better.
-    """
-    if grid.compiled:
-        return _compiled_search(weight, error_weight, grid, group_size, n_starts)[:3]
-    groups = _Groups(weight, error_weight, group_size)
-    largest = groups.w.abs().amax((1, 2))
-    best_error = torch.linalg.vecdot(groups.w * groups.a, groups.w).sum(1)
-    best_code = torch.zeros_like(best_error, dtype=torch.int64)
-    best_second = torch.zeros(groups.w.shape[:2], dtype=torch.bool, device=weight.device)
-    for start in scale_starts(group_size, weight.device)[:n_starts]:
-        code = grid.scale_codes(largest * start)
-        for refit in (True, False):
-            error, second, least_squares = groups.at_scale(grid.scales[code], grid)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_code = torch.where(better, code, best_code)
-            best_second = torch.where(better[:, None], second, best_second)
-            if refit:
-                code = grid.scale_codes(least_squares)
-    return best_code, best_second, best_error
-
-
-def _compiled_search(
-    weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int, n_starts: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `search` returns, and the nearest levels' indices uint8 [G, g]."""
-    assert grid.compiled
-    w, a = groups_for_c(weight, error_weight, group_size)
-    code = torch.empty(len(w), dtype=torch.int64)
-    second = torch.empty(len(w), group_size // SELECTOR_SIZE, dtype=torch.bool)
-    error = torch.empty(len(w))
-    index = torch.empty(w.shape, dtype=torch.uint8)
-    starts = scale_starts(group_size)[:n_starts]
-    grid.compiled.call("aaac_search", len(w), group_size, w, a, starts, len(starts), code, second, error, index)
-    return code, second, error, index
-
-
-def groups_for_c(weight: Tensor, error_weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Weights and error weights as contiguous [G, group_size]."""
-    return weight.reshape(-1, group_size).contiguous(), error_weight.expand(weight.shape).reshape(
-        -1, group_size
-    ).contiguous()
-
-
-def nearest_indices(weight: Tensor, code: Tensor, second: Tensor, grid: Grid) -> Tensor:
-    """Indices uint8, shaped as `weight` [N, K], of the nearest levels for given scale codes [G] and selectors bool [G, g / 16]."""
-    scale = grid.scales[code]
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    x = weight.reshape(*second.shape, SELECTOR_SIZE) * inverse[:, None, None]
-    return grid.nearest_index[grid.cells(x) + second[..., None] * CELLS].view(weight.shape)
-
-
-def encode_absmax(weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int) -> Encoded:
-    """As `encode`, with the paper's scales: each group's largest magnitude goes to the largest level, and only selectors and indices are chosen."""
-    n_rows = len(weight)
-    groups = _Groups(weight, error_weight, group_size)
-    code = grid.scale_codes(groups.w.abs().amax((1, 2)) / MAX_LEVEL)
-    _, second, _ = groups.at_scale(grid.scales[code], grid)
-    indices = nearest_indices(weight, code, second, grid)
-    return Encoded(indices, second.view(n_rows, -1).to(torch.uint8), code.view(n_rows, -1).to(torch.int32))
-
-
-def encode(weight: Tensor, error_weight: Tensor, grid: Grid, group_size: int) -> Encoded:
-    """The encoding of `weight` float32 [N, K] that the search finds; error_weight float32, broadcastable to [N, K], is not negative.
-
+    Methods take weights float32 [N, K] and error weights float32 that are not negative and broadcastable to [N, K].
     Rows are searched all at once: the caller bounds their number (`row_chunks`).
     """
-    n_rows = len(weight)
-    if grid.compiled:
-        code, second, _, found = _compiled_search(weight, error_weight, grid, group_size)
-        indices = found.view(weight.shape)
-    else:
-        code, second, _ = search(weight, error_weight, grid, group_size)
-        indices = nearest_indices(weight, code, second, grid)
-    return Encoded(indices, second.view(n_rows, -1).to(torch.uint8), code.view(n_rows, -1).to(torch.int32))
+
+    def __init__(self, grid: Grid, group_size: int):
+        self.grid, self.group_size = grid, group_size
+        self.starts = scale_starts(group_size, grid.levels.device)
+
+    def search(
+        self, weight: Tensor, error_weight: Tensor, n_starts: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scale codes int64 [G], selectors bool [G, g / 16] and errors float32 [G] of the groups in row order.
+
+        n_starts: how many of the first scales are tried; None for all. A group keeps code 0 (all weights zero) if no
+        scale is better.
+        """
+        groups = WeightedGroups(weight, error_weight, self.group_size)
+        largest = groups.w.abs().amax((1, 2))
+        best_errors = torch.linalg.vecdot(groups.w * groups.a, groups.w).sum(1)
+        best_codes = torch.zeros_like(best_errors, dtype=torch.int64)
+        best_selectors = torch.zeros(groups.w.shape[:2], dtype=torch.bool, device=weight.device)
+        for start in self.starts[:n_starts]:
+            codes = self.grid.scale_codes(largest * start)
+            for refit in (True, False):
+                errors, selectors, least_squares = groups.at_scale(self.grid.scales[codes], self.grid)
+                better = errors < best_errors
+                best_errors = torch.where(better, errors, best_errors)
+                best_codes = torch.where(better, codes, best_codes)
+                best_selectors = torch.where(better[:, None], selectors, best_selectors)
+                if refit:
+                    codes = self.grid.scale_codes(least_squares)
+        return best_codes, best_selectors, best_errors
+
+    def encode(self, weight: Tensor, error_weight: Tensor) -> Encoded:
+        """Return the encoding that `search` finds."""
+        codes, selectors, _ = self.search(weight, error_weight)
+        return self._encoded(self._nearest_indices(weight, codes, selectors), selectors, codes)
+
+    def encode_absmax(self, weight: Tensor, error_weight: Tensor) -> Encoded:
+        """Return the encoding with the paper's scales, of which only selectors and indices are chosen.
+
+        The largest magnitude of each group goes to the largest level.
+        """
+        groups = WeightedGroups(weight, error_weight, self.group_size)
+        codes = self.grid.scale_codes(groups.w.abs().amax((1, 2)) / MAX_LEVEL)
+        _, selectors, _ = groups.at_scale(self.grid.scales[codes], self.grid)
+        return self._encoded(self._nearest_indices(weight, codes, selectors), selectors, codes)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Return weights float32 [N, K], bit for bit those of `format.decode`."""
+        n_rows, n_per_row = encoded.indices.shape
+        codebook = encoded.selectors.long().repeat_interleave(SELECTOR_SIZE, 1)
+        levels = self.grid.levels.reshape(-1)[codebook * self.grid.levels.shape[1] + encoded.indices.long()]
+        scales = self.grid.scales[encoded.scale_codes.long()]
+        return (scales[..., None] * levels.view(n_rows, scales.shape[1], -1)).view(n_rows, n_per_row)
+
+    def lloyd_sums(self, weight: Tensor, error_weight: Tensor, n_starts: int) -> Tensor:
+        """Search, and return the sums that give the best levels for the assignment found: float64 [2, 32].
+
+        The levels that minimise sum a (w - s level)^2 are sums[0] / sums[1], in the order of codebook and index. They
+        are sum(a s^2 x) / sum(a s^2) with x = w / s: the error of a level counts with the square of its scale.
+        Arguments are [G, group_size].
+        """
+        sums = torch.zeros(2, 2 * N_LEVELS, dtype=torch.float64, device=weight.device)
+        for rows in row_chunks(weight):
+            codes, selectors, _ = self.search(weight[rows], error_weight[rows], n_starts)
+            scale = self.grid.scales[codes][:, None, None]
+            groups = weight[rows].reshape(*selectors.shape, SELECTOR_SIZE)
+            x = torch.where(scale > 0, groups / scale, torch.zeros_like(groups))
+            cells = self.grid.cells(x) + selectors[..., None] * CELLS
+            key = (self.grid.nearest_index[cells].long() + selectors[..., None] * N_LEVELS).reshape(-1)
+            a = error_weight[rows].reshape(groups.shape) * scale.square()
+            sums[0] += torch.bincount(key, (a * x).reshape(-1).double(), 2 * N_LEVELS)
+            sums[1] += torch.bincount(key, a.reshape(-1).double(), 2 * N_LEVELS)
+        return sums
+
+    def feed_back(self, columns: Columns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
+        """Decide the groups of a block of columns for the weights `w` [n, N], as earlier errors have moved them.
+
+        `w` may be overwritten. Return U^-T (w - q) [n, N]: times the rows of U it gives the moves of later columns.
+        """
+        errors = torch.empty_like(w)
+        for group, inside in groups_of_block(block, self.group_size):
+            metric = metrics.free[group.start // self.group_size]
+            codes = self.grid.scale_codes(w[inside].abs().amax(0) * self.starts[:, None])
+            self._write(columns, group, self._groups.best(w[inside], metric, codes))
+            errors[inside] = metric.root @ (w[inside] - columns.q[group])
+            w[inside.stop :].addmm_(metrics.u[group, group.stop : block.stop].T, errors[inside], alpha=-1)
+        return errors
+
+    def sweep(self, columns: Columns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None:
+        """Decide the groups of a block again, with all other groups as they are, and keep what lowers the error.
+
+        `gradient` [n, N] is H (w - q) at the columns of the block. It may be overwritten.
+        """
+        last = len(self.grid.scales) - 1
+        for group, inside in groups_of_block(block, self.group_size):
+            metric = metrics.fixed[group.start // self.group_size]
+            q, levels, selectors, codes = columns.block(group, self.group_size)
+            target = q + metric.u.T @ (metric.u @ gradient[inside])
+            kept = Candidate(codes[0], selectors, levels, (metric.root @ (target - q)).square().sum(0))
+            nearby = codes + torch.arange(-2, 3, device=codes.device)[:, None]
+            found = self._groups.try_codes(target, metric, nearby.clamp(1, last))
+            before = q.clone()
+            # Rounding in float32 must not let a group go back and forth.
+            kept.take(found.errors < kept.errors * (1 - 1e-5), found)
+            self._write(columns, group, kept)
+            gradient[inside.start :].addmm_(metrics.hessian[group.start : block.stop, group], q - before, alpha=-1)
+
+    @staticmethod
+    def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], n_levels: int, quants: Tensor) -> Tensor:
+        """Round a block of columns `w` [n, N] of a K-quant from left to right, with feedback inside the block.
+
+        u: the factor of the block, upper triangular [n, n]. steps: step, offset and 1 / step, [n / run, N] each.
+        quants: uint8 [n, N], which is written. `w` may be overwritten. Return the errors as `feed_back` does.
+        """
+        step, offset, inverse = (t.repeat_interleave(len(w) // len(t), 0) for t in steps)
+        errors = torch.empty_like(w)
+        for j, error in enumerate(errors):
+            quant = ((w[j] + offset[j]) * inverse[j]).round_().clamp_(0, n_levels - 1)
+            quants[j] = quant
+            torch.sub(w[j], quant * step[j] - offset[j], out=error).div_(u[j, j])
+            w[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
+        return errors
+
+    @cached_property
+    def _groups(self) -> GroupSearch:
+        return GroupSearch(self.grid, self.group_size)
+
+    def _write(self, columns: Columns, group: slice, chosen: Candidate) -> None:
+        q, levels, selectors, codes = columns.block(group, self.group_size)
+        q.copy_(self.grid.scales[chosen.codes] * chosen.levels)
+        levels.copy_(chosen.levels)
+        selectors.copy_(chosen.selectors)
+        codes[0] = chosen.codes
+
+    def _nearest_indices(self, weight: Tensor, codes: Tensor, selectors: Tensor) -> Tensor:
+        """Return the indices uint8 [N, K] of the nearest levels for scale codes [G] and selectors bool [G, g / 16]."""
+        scale = self.grid.scales[codes]
+        inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+        x = weight.reshape(*selectors.shape, SELECTOR_SIZE) * inverse[:, None, None]
+        return self.grid.nearest_index[self.grid.cells(x) + selectors[..., None] * CELLS].view(weight.shape)
+
+    @staticmethod
+    def _encoded(indices: Tensor, selectors: Tensor, codes: Tensor) -> Encoded:
+        n_rows = len(indices)
+        return Encoded(
+            indices, selectors.view(n_rows, -1).to(torch.uint8), codes.view(n_rows, -1).to(torch.int32)
+        )

@@ -122,8 +122,8 @@ def compare_tensors(result: Verification, file: GgufFile, full: GgufFile, imatri
             if not np.array_equal(tensor.data, full.tensors[name].data):
                 result.failures.append(f"tensor {name} is {tensor.tensor_type.name} in both files and differs")
             continue
-        expected = full.load(name)
-        squared = np.square(file.load(name) - expected)
+        expected = full[name]
+        squared = np.square(file[name] - expected)
         power = np.square(expected)
         entry = imatrix.entries.get(name)
         weight = entry.importance() if entry else None
@@ -173,10 +173,10 @@ def inject(model: Any, full: GgufFile, file: GgufFile) -> list[str]:
                         places.setdefault(hash(row.tobytes()), []).append((matrix, i))
         unmatched, found = [], []
         for name in changed:
-            before = full.load(name)
+            before = full[name]
             rows, after = (
                 before.reshape(-1, before.shape[-1]),
-                torch.from_numpy(file.load(name)).reshape(-1, before.shape[-1]),
+                torch.from_numpy(file[name]).reshape(-1, before.shape[-1]),
             )
             targets = [places.get(hash(row.tobytes()), []) for row in rows]
             if not all(targets):

@@ -124,7 +124,7 @@ def test_each_stage_sees_the_quantized_layers_before(model, demo_full, tmp_path)
         for stage in moments.stages():
             for name, seen in stage.items():
                 reported[name] = seen
-                moments.put(name, 0.9 * torch.from_numpy(demo_full.load(name)))
+                moments.put(name, 0.9 * torch.from_numpy(demo_full[name]))
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in reported}
     for m in (full_model, model):
         for name in reported:
@@ -155,12 +155,12 @@ def test_a_finished_block_can_be_passed(model, demo_full, tmp_path):
         assert moments.awaits(names[0])
         if passing:
             for name in names:
-                moments.put(name, 0.9 * torch.from_numpy(demo_full.load(name)))
+                moments.put(name, 0.9 * torch.from_numpy(demo_full[name]))
             moments.finish()
         else:
             for stage in moments.stages():
                 for name in stage:
-                    moments.put(name, 0.9 * torch.from_numpy(demo_full.load(name)))
+                    moments.put(name, 0.9 * torch.from_numpy(demo_full[name]))
         assert not moments.awaits(names[0])
         found.append([seen for stage in moments.stages() for seen in stage.values()])
     assert all(

@@ -35,7 +35,7 @@ def test_a_gguf_becomes_aaac(source, tmp_path, capsys):
     assert file.get("tokenizer.ggml.tokens") == ["a", "bc", "d"]
     assert json.loads(file.get(fmt.KEY_CALIBRATION)) == {"source": "none", "method": "aaac", "feedback": "synthetic"}
     for name in full.tensors:
-        error = np.square(file.load(name) - full.load(name)).sum() / np.square(full.load(name)).sum()
+        error = np.square(file[name] - full[name]).sum() / np.square(full[name]).sum()
         assert error < 0.006, name
     assert "relative error: mean" in capsys.readouterr().out
 
@@ -67,9 +67,9 @@ def test_importance_moves_the_error(source, tmp_path, capsys):
     assert convert(source, tmp_path / "with.gguf", "--imatrix", tmp_path / "i.gguf") == 0
     assert "reached 40.00 % of the weights; not reached: blk.0.ffn_down.weight" in capsys.readouterr().out
     assert convert(source, tmp_path / "without.gguf") == 0
-    full = gguf_io.read(source).load("blk.0.attn_q.weight")
+    full = gguf_io.read(source)["blk.0.attn_q.weight"]
     errors = [
-        np.square(gguf_io.read(tmp_path / f"{n}.gguf").load("blk.0.attn_q.weight") - full)[:, ::4].sum()
+        np.square(gguf_io.read(tmp_path / f"{n}.gguf")["blk.0.attn_q.weight"] - full)[:, ::4].sum()
         for n in ("with", "without")
     ]
     assert errors[0] < 0.9 * errors[1]
@@ -85,7 +85,7 @@ def test_stock_types_are_ordinary_files(source, tmp_path):
     assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "IQ4_NL"
     assert tensors["blk.0.attn_k.weight"].tensor_type.name == "IQ4_NL"
     for name, bound in (("blk.0.attn_q.weight", 0.0085), ("blk.0.ffn_down.weight", 0.007)):
-        expected, data = full.load(name), gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+        expected, data = full[name], gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
         assert np.square(data - expected).sum() < bound * np.square(expected).sum()
     assert fmt.KEY_TENSOR_NAMES not in file.fields
 
@@ -102,7 +102,7 @@ def test_dequantize_is_exact(source, tmp_path):
     assert {t.tensor_type.name for t in full.tensors} == {"F32"}
     assert not any(key.startswith("aaac.") for key in full.fields)
     for tensor in full.tensors:
-        np.testing.assert_array_equal(tensor.data, file.load(tensor.name))
+        np.testing.assert_array_equal(tensor.data, file[tensor.name])
 
 
 def test_inspect_lists_and_plots(source, tmp_path, capsys):
@@ -300,9 +300,9 @@ def test_the_bundled_model(demo_full, tmp_path, capsys):
     }
     assert json.loads(file.get(fmt.KEY_CALIBRATION)) == described
     for name in file.codecs:
-        expected = demo_full.load(name)
+        expected = demo_full[name]
         assert (
-            np.square(file.load(name) - expected).sum() / np.square(expected).sum() < 0.02
+            np.square(file[name] - expected).sum() / np.square(expected).sum() < 0.02
         )  # feedback trades this error for the layer's
 
 

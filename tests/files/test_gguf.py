@@ -27,7 +27,7 @@ def test_round_trip(tmp_path, rng):
     for name, (qtype, blocks, codec) in held.items():
         assert file.tensors[name].tensor_type == qtype.type_id
         np.testing.assert_array_equal(file.tensors[name].data, blocks)
-        np.testing.assert_array_equal(file.load(name), fmt.decode(qtype, blocks, codec))
+        np.testing.assert_array_equal(file[name], fmt.decode(qtype, blocks, codec))
 
 
 def test_the_gguf_library_reads_and_writes_the_types(tmp_path):
@@ -123,7 +123,7 @@ def test_flipped_bits_are_read_or_refused(tmp_path, flips):
     try:
         file = gguf_io.read(path)
         for name in file.codecs:
-            file.load(name)
+            file[name]
     except AaacError as e:
         assert "\n" not in str(e)
 

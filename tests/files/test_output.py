@@ -293,7 +293,7 @@ def test_split_output_reads_like_one_file(model, tmp_path, capsys, small_units):
         assert list(file.tensors) == list(expected.tensors)
         assert file.get("tokenizer.ggml.tokens") == ["a", "bc", "d"]
         for name in file.tensors:
-            np.testing.assert_array_equal(file.load(name), expected.load(name))
+            np.testing.assert_array_equal(file[name], expected[name])
 
 
 def test_split_files_that_are_no_whole_model(model, tmp_path, small_units):

@@ -109,7 +109,7 @@ def test_an_fp8_checkpoint(llama_source, tmp_path):
     )
     decoded = to_fp8(folder)
     assert convert(folder, tmp_path / "full.gguf", "--type", "F32") == 0
-    got = gguf_io.read(tmp_path / "full.gguf").load("blk.2.ffn_down.weight")
+    got = gguf_io.read(tmp_path / "full.gguf")["blk.2.ffn_down.weight"]
     np.testing.assert_allclose(
         got, decoded["model.layers.2.mlp.down_proj.weight"].numpy(), rtol=2**-7, atol=1e-6
     )  # by way of BF16
