@@ -37,11 +37,12 @@ from aaac_gguf.models import checkpoint
 from aaac_gguf.models.blocks import Blocks
 from aaac_gguf.quantizer import codebook
 from aaac_gguf.quantizer import moments as hessian
+from aaac_gguf.quantizer.backends import choose_backend
 from aaac_gguf.quantizer.feedback import feedback
 from aaac_gguf.quantizer.grid import Grid
 from aaac_gguf.quantizer.moments import factor
 from aaac_gguf.quantizer.quantize import quantize
-from aaac_gguf.quantizer.search import decode
+from aaac_gguf.quantizer.search import TorchSearch
 
 CONTEXT = 512
 IQ4_NL = torch.tensor(codebook._IQ4_NL, dtype=torch.float32)
@@ -209,10 +210,11 @@ def lobcq(layer: Layer, seed: int) -> Tensor:
     return (out.view_as(groups) * scale).view_as(layer.weight)
 
 
-def fixed_grid(weight: Tensor, levels: Tensor) -> Grid:
-    """Our 7-bit scales around levels [2, 16] that are not fitted."""
-    base = codebook._scale_base(codebook._SCALE_HEADROOM * float(weight.abs().amax()), 4, fmt.G16)
-    return Grid.of_levels(levels, base * torch.from_numpy(fmt.scale_factors(4)))
+def search_table(weight: Tensor, levels: Tensor) -> TorchSearch:
+    """Return the search over our 7-bit scales and one table of levels [16] that is not fitted, for groups of 16."""
+    base = codebook.scale_base(codebook.SCALE_HEADROOM * float(weight.abs().amax()), 4, fmt.G16)
+    grid = Grid.from_levels(torch.stack([levels, levels]), base * torch.from_numpy(fmt.scale_factors(4)))
+    return choose_backend(weight.device)(grid, fmt.G16.group_size)
 
 
 def one_fitted(layer: Layer) -> Tensor:
@@ -222,9 +224,8 @@ def one_fitted(layer: Layer) -> Tensor:
     a = layer.importance.view(-1, 16)[drawn % (layer.weight.shape[1] // 16)]
     levels = IQ4_NL
     for _ in range(8):
-        numerator, denominator = codebook._lloyd_sums(
-            groups[drawn], a, fixed_grid(layer.weight, torch.stack([levels, levels])), fmt.G16
-        )
+        search = search_table(layer.weight, levels)
+        numerator, denominator = search.lloyd_sums(groups[drawn], a, codebook.FIT_STARTS)
         means = (numerator.view(2, 16).sum(0) / denominator.view(2, 16).sum(0).clamp_min(1e-30)).float()
         levels = torch.where(denominator.view(2, 16).sum(0) > 0, means, levels).sort().values
         levels = levels * 127 / levels.abs().max()
@@ -235,9 +236,8 @@ def with_feedback(table: Callable[[Layer], Tensor]) -> Method:
     """The product's feedback, between columns and rows, for one table instead of the fitted pair."""
 
     def reconstruct(layer: Layer, seed: int) -> Tensor:
-        levels = table(layer)
-        grid = fixed_grid(layer.weight, torch.stack([levels, levels]))
-        return decode(feedback(layer.target, factor(layer.moments.inputs), grid, fmt.G16, layer.moments.outputs), grid)
+        search = search_table(layer.weight, table(layer))
+        return search.decode(feedback(layer.target, factor(layer.moments.inputs), search, layer.moments.outputs))
 
     return reconstruct
 

@@ -1,16 +1,17 @@
-"""search.cu for error feedback on a GPU: one launch for a block of columns, where torch takes hundreds.
+"""Error feedback on a GPU by search.cu: one launch for a block of columns, where torch takes hundreds.
 
-Kernels run through CuPy on torch's tensors and its current stream. Without CuPy torch does the same work. Both make the same choices but for ties
-within rounding: sums are taken in another order here, products are fused with additions, and weights are counted in levels, not in table cells.
+The kernels run through CuPy, on torch's tensors and its current stream. Ties within rounding may be decided otherwise
+than in torch, because sums are taken in another order here, products are fused with additions, and weights are counted
+in levels and not in table cells.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,93 +19,106 @@ from torch import Tensor
 
 from ..errors import AaacError
 from ..inference.kernels import kernel
+from .columns import Columns, LayerMetrics
 from .native import scale_borders
-
-if TYPE_CHECKING:
-    from .grid import Grid
+from .search import TorchSearch
 
 # cuda_kernels/search.cu
 STARTS = 6
 ROWS, THREADS = 4, 64  # of one block of threads
 GRID = np.dtype(
-    [(name, np.uint64) for name in ("level", "scales", "middles")]
+    [(name, np.uint64) for name in ("level", "scales", "borders")]
     + [(name, np.int32) for name in ("n_scales", "depth")]
 )
+ON_STEPS = "aaac_feed_back_on_steps"
 
 
 class Launcher:
-    """Kernels by name, and what is current while they are launched. Tensors live on the GPU, with the shapes and dtypes that search.cu gives."""
+    """Kernels by name, and a function that makes a context in which they are launched.
 
-    def __init__(self, kernels: dict[str, Any], device: AbstractContextManager, stream: AbstractContextManager):
-        self.kernels, self.device, self.stream = kernels, device, stream
+    Tensors are on the GPU, with the shapes and dtypes that search.cu states.
+    """
+
+    def __init__(self, kernels: Mapping[str, Any], context: Callable[[], AbstractContextManager]):
+        self.kernels, self.context = kernels, context
 
     def __call__(self, name: str, n_rows: int, *arguments: Tensor | np.ndarray | int) -> None:
         given = tuple(
             a.data_ptr() if isinstance(a, Tensor) else np.int32(a) if isinstance(a, int) else a for a in arguments
         )
-        with self.device, self.stream:
+        with self.context():
             self.kernels[name]((-(-n_rows // ROWS),), (THREADS,), given)
 
 
-def launcher(device: torch.device, *names: str) -> Launcher | None:
-    """For kernels named as C++ names them; None on a CPU, and, with a warning, where they cannot be built."""
-    if device.type != "cuda":
-        return None
-    with torch.cuda.device(device):
-        kernels = _kernels(*names)
-    if not kernels:
-        return None
+def launcher(device: torch.device, *names: str) -> Launcher:
+    """Build kernels, named as C++ names them, for a GPU. Raises AaacError if they cannot be built."""
+    try:
+        with torch.cuda.device(device):
+            kernels = {name: kernel("search.cu", name) for name in names}
+    except AaacError:
+        raise
+    except Exception as e:  # CuPy's errors, for NVRTC that is missing or too old, have no common base
+        raise AaacError(f"CuPy could not compile search.cu: {e}") from None
+    return Launcher(kernels, functools.partial(_on_current_stream, device))
+
+
+@contextmanager
+def _on_current_stream(device: torch.device) -> Iterator[None]:
     import cupy
 
-    return Launcher(
-        kernels, cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
-    )
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
+    with cupy.cuda.Device(device.index), stream:
+        yield
 
 
 @functools.cache
-def _kernels(*names: str) -> dict[str, Any] | None:
+def available(device: torch.device) -> bool:
+    """Return whether the kernels can be built for a GPU, and warn once if they cannot."""
     try:
-        return {name: kernel("search.cu", name) for name in names}
+        launcher(device, ON_STEPS)
     except AaacError as e:
-        reason = str(e)
-    except Exception as e:  # CuPy's errors, for NVRTC that is missing or too old, have no common base
-        reason = f"CuPy could not compile search.cu: {e}"
-    warnings.warn(f"{reason}; error feedback takes many times as long on the GPU without it", stacklevel=2)
-    return None
+        warnings.warn(f"{e}; error feedback takes many times as long on the GPU without it", stacklevel=2)
+        return False
+    return True
 
 
-class GpuSearch:
-    """As `compiled.CompiledGrid`, for feedback.py alone."""
+class CudaSearch(TorchSearch):
+    """The search over the values of one grid on a GPU: error feedback by search.cu, and the rest in torch."""
 
-    def __init__(self, grid: Grid, launch: Launcher):
-        scales = grid.scales.contiguous()
-        middles, depth = scale_borders(scales)
-        self._alive = (grid.nearest_level.contiguous(), scales, middles)
-        self.grid = np.array((*(t.data_ptr() for t in self._alive), len(scales), depth), dtype=GRID)
-        self.launch = launch
-
-    def call(self, name: str, n_columns: int, n_rows: int, group_size: int, *arguments: Tensor | int) -> None:
-        """Launch a kernel of search.cu, with the arguments of the function of search.c."""
-        self.launch(f"{name}<{group_size}>", n_rows, self.grid, n_columns, n_rows, *arguments)
-
-
-def gpu_search(grid: Grid, group_size: int) -> GpuSearch | None:
-    """The search for `grid`; None where `launcher` has none."""
-    launch = launcher(grid.levels.device, *(f"{name}<{group_size}>" for name in ("aaac_feed_back", "aaac_sweep")))
-    return GpuSearch(grid, launch) if launch else None
-
-
-def gpu_rounding(device: torch.device) -> Callable[..., Tensor] | None:
-    """What does the work of `feedback._round_columns`, whose arguments it takes; None where `launcher` has none."""
-    name = "aaac_feed_back_on_steps"
-    launch = launcher(device, name)
-    if not launch:
-        return None
-
-    def round_columns(w: Tensor, u: Tensor, of_runs: Sequence[Tensor], n_levels: int, quants: Tensor) -> Tensor:
+    def feed_back(self, columns: Columns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
         errors = torch.empty_like(w)
-        run = len(w) // len(of_runs[0])
-        launch(name, w.shape[1], *w.shape, u, u.stride(0), run, n_levels, *of_runs, w, quants, errors)
+        u, decided = metrics.u, columns.block(block, self.group_size)
+        start = (u[block, block], len(u), self.starts, len(self.starts))
+        self._launch("aaac_feed_back", *w.shape, *start, w, *decided, errors)
         return errors
 
-    return round_columns
+    def sweep(self, columns: Columns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None:
+        h, decided = metrics.hessian, columns.block(block, self.group_size)
+        roots = metrics.fixed_roots[block.start // self.group_size :]
+        self._launch("aaac_sweep", *gradient.shape, h[block, block], len(h), roots, gradient, *decided)
+
+    @staticmethod
+    def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], n_levels: int, quants: Tensor) -> Tensor:
+        errors = torch.empty_like(w)
+        run = len(w) // len(steps[0])
+        launch = launcher(w.device, ON_STEPS)
+        launch(ON_STEPS, w.shape[1], *w.shape, u, u.stride(0), run, n_levels, *steps, w, quants, errors)
+        return errors
+
+    def _launch(self, name: str, n_columns: int, n_rows: int, *arguments: Tensor | int) -> None:
+        """Launch a kernel of search.cu, with the arguments of the function of search.c."""
+        grid, _ = self._cuda_grid
+        self._launcher(f"{name}<{self.group_size}>", n_rows, grid, n_columns, n_rows, *arguments)
+
+    @functools.cached_property
+    def _launcher(self) -> Launcher:
+        names = (f"{name}<{self.group_size}>" for name in ("aaac_feed_back", "aaac_sweep"))
+        return launcher(self.grid.levels.device, *names)
+
+    @functools.cached_property
+    def _cuda_grid(self) -> tuple[np.ndarray, tuple[Tensor, ...]]:
+        """The structure `aaac_grid` of search.cu, and the tensors that it points to."""
+        scales = self.grid.scales.contiguous()
+        borders, depth = scale_borders(scales)
+        alive = (self.grid.nearest_level.contiguous(), scales, borders)
+        return np.array((*(t.data_ptr() for t in alive), len(scales), depth), dtype=GRID), alive

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..files.format import U8
 
 QK_K = 256  # weights per super-block
-CHUNK = 1 << 22  # weights at a time
+_CHUNK = 1 << 22  # weights at a time
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,18 @@ class KQuant:
         blocks = self.pack(quants.view(-1, QK_K), steps.stored.flatten(0, 1))
         return blocks.view(len(quants), -1).cpu().numpy()
 
+    def round_to_nearest(self, weight: Tensor) -> U8:
+        """Return blocks uint8 [..., row bytes] of weights [..., K], with K a multiple of 256.
 
-def quantize_rounded(kind: KQuant, weight: Tensor) -> U8:
-    """Blocks uint8 [..., row bytes] of weights [..., K], K a multiple of 256, each rounded to the nearest; larger weights count more (x^2)."""
-    *outer, n_per_row = weight.shape
-    rows = weight.reshape(-1, n_per_row)
-    packed = []
-    for part in rows.split(max(1, CHUNK // n_per_row)):
-        part = part.float()
-        steps = kind.steps(part, part.square())
-        packed.append(kind.packed(steps.quants(part), steps))
-    return np.concatenate(packed).reshape(*outer, -1)
+        Each weight is rounded to the nearest step. For the choice of scales, an error counts with the weight's square.
+        """
+        *outer, n_per_row = weight.shape
+        packed = []
+        for rows in weight.reshape(-1, n_per_row).split(max(1, _CHUNK // n_per_row)):
+            rows = rows.float()
+            steps = self.steps(rows, rows.square())
+            packed.append(self.packed(steps.quants(rows), steps))
+        return np.concatenate(packed).reshape(*outer, -1)
 
 
 def _q6_k_steps(weight: Tensor, error_weight: Tensor) -> Steps:

@@ -77,13 +77,13 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     h /= mean  # any overall factor leaves the choices as they are; this one keeps squares inside float32
     while True:
         damped = h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)
-        u, failed = _inverse_root(damped)
+        u, failed = inverse_root(damped)
         if not failed:
             return Factor(damped.float(), u.float().contiguous(), damping, float(mean))
         damping *= 10
 
 
-def _inverse_root(h: Tensor) -> tuple[Tensor, bool]:
+def inverse_root(h: Tensor) -> tuple[Tensor, bool]:
     """U upper triangular [..., K, K] with h^-1 = U^T U, and whether h was not positive definite.
 
     h = R R^T with R upper triangular is the Cholesky factorisation from the last column to the first; U = R^-1.

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import AaacError
 from ..files.format import Codec
 from ..files.gguf import dequantize
+from .backends import choose_backend
 from .grid import row_chunks
 from .moments import factor, output_error
 from .types import TENSOR_TYPES, Method, Quantizer
@@ -82,8 +83,9 @@ def quantize(
         importance = hessian.diagonal(dim1=1, dim2=2)
     importance = _normalised(importance, n_experts, n_per_row, weight.device)
     tensor = WeightedTensor(experts, importance, unit, by_magnitude=method == "aaac" and hessian is None)
-    codec = quantizer.fit(tensor, largest / unit, method, seed)
-    rounder = quantizer.rounder(codec, unit, weight.device, method)
+    chosen = choose_backend(weight.device, backend, feedback=hessian is not None)
+    codec = quantizer.fit(tensor, largest / unit, method, seed, chosen)
+    rounder = quantizer.rounder(codec, unit, weight.device, method, chosen)
 
     data = []
     sums = np.zeros((2, 2))

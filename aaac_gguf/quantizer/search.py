@@ -200,6 +200,4 @@ class TorchSearch:
     @staticmethod
     def _encoded(indices: Tensor, selectors: Tensor, codes: Tensor) -> Encoded:
         n_rows = len(indices)
-        return Encoded(
-            indices, selectors.view(n_rows, -1).to(torch.uint8), codes.view(n_rows, -1).to(torch.int32)
-        )
+        return Encoded(indices, selectors.view(n_rows, -1).to(torch.uint8), codes.view(n_rows, -1).to(torch.int32))

@@ -33,7 +33,7 @@ class StockType:
         scales = (
             torch.arange(_FLOAT16_CODES, dtype=torch.int16).view(torch.float16).to(device, torch.float32) / self.stretch
         )
-        return Grid.of_levels(levels.repeat(2, 1), scales / unit)
+        return Grid.from_levels(levels.repeat(2, 1), scales / unit)
 
     def pack(self, encoded: Encoded) -> NDArray[np.uint8]:
         """Blocks uint8 [N, row bytes]: the scale, then indices as nibbles (weight j low, j + 16 high), or levels as bytes."""

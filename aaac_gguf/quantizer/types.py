@@ -1,12 +1,13 @@
-"""The tensor types that can be written: one table, and one class for each family of types that are rounded by search.
+"""The tensor types that can be written, in one table, and how each is rounded.
 
-A new type is a line in TENSOR_TYPES, and a class if it belongs to no family here.
+A new type is a line in TENSOR_TYPES. If it belongs to no family here, it also needs a class with the methods of
+`Quantizer`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import gguf
@@ -18,22 +19,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..files import format as fmt
-from ..files import gguf as _  # noqa: F401  registers the AAAC types with the gguf library
+from ..files import gguf as _  # noqa: F401  adds the AAAC types to the gguf library
 from ..files.format import U8, AaacType, Codec
+from .backends import Backend
 from .codebook import fit, fit_paper
 from .feedback import feedback, feedback_on_steps
 from .grid import Encoded, Grid
-from .kquants import KQUANTS, KQuant, quantize_rounded
+from .kquants import KQUANTS, KQuant
 from .moments import Factor
-from .search import decode, encode, encode_absmax
 from .stock import STOCK_TYPES, StockType
 from .weighted import WeightedTensor
 
 Method = Literal["aaac", "paper"]
 
-# Codebooks are fitted to at most so many weights, and scales are searched for every group. For a 4096 x 4096 matrix
+# Codebooks are fitted to at most so many weights; scales are then searched for every group. For a 4096 x 4096 matrix
 # (Student's t, two seeds) the error is 0.00427 and 0.00433 with this sample, and 0.00427 with all weights.
-_FIT_SAMPLE = 1 << 20
+FIT_SAMPLE = 1 << 20
 
 
 class Rounder(Protocol):
@@ -42,89 +43,93 @@ class Rounder(Protocol):
     def __call__(
         self, weight: Tensor, error_weight: Tensor, inputs: Factor | None, outputs: Tensor | None
     ) -> tuple[U8, Tensor]:
-        """Return the blocks uint8 [n, row bytes] of `weight` float32 [n, K], and what they decode to, float32 [n, K].
+        """Return the blocks of `weight` float32 [n, K], uint8 [n, row bytes], and what they decode to, float32 [n, K].
 
-        With `inputs`, the factored Hessian, there is error feedback, between rows too with `outputs`. Otherwise the error weights count.
+        With `inputs`, the factored Hessian, there is error feedback; with `outputs` [n, n] too, also between rows.
+        Without `inputs` each weight counts by its error weight, broadcastable to [n, K].
         """
         ...
 
 
 class Quantizer(Protocol):
-    """Knows how one type is rounded by search."""
+    """One type that is rounded by search. `methods` are those that make it."""
 
-    @property
-    def methods(self) -> tuple[Method, ...]:
-        """The methods that make this type."""
+    methods: tuple[Method, ...]
+
+    def fit(self, tensor: WeightedTensor, largest: float, method: Method, seed: int, backend: Backend) -> Codec | None:
+        """Return the codec that suits the tensor, or None if the type has none. largest: the largest |w| / unit."""
         ...
 
-    def fit(self, tensor: WeightedTensor, largest: float, method: Method, seed: int) -> Codec | None:
-        """Return the codec that suits the tensor, or None if the type has none. largest: the largest magnitude, in units."""
+    def rounder(
+        self, codec: Codec | None, unit: float, device: torch.device, method: Method, backend: Backend
+    ) -> Rounder:
+        """Return a rounder for weights that were divided by `unit`, a power of two."""
         ...
 
-    def rounder(self, codec: Codec | None, unit: float, device: torch.device, method: Method) -> Rounder:
-        """Return what rounds weights that were divided by `unit`, a power of two."""
-        ...
 
-
-class GridQuantizer(Protocol):
-    """Makes types whose weights are a level of a codebook times a scale of their group."""
+class _GridQuantizer(ABC):
+    """A type whose weights are a level of a codebook times the scale of their group."""
 
     group_size: int
 
-    def grid(self, codec: Codec | None, unit: float, device: torch.device) -> Grid: ...
+    @abstractmethod
+    def grid(self, codec: Codec | None, unit: float, device: torch.device) -> Grid:
+        """Return the values that weights can take."""
 
-    def pack(self, encoded: Encoded) -> U8: ...
+    @abstractmethod
+    def pack(self, encoded: Encoded) -> U8:
+        """Return blocks uint8 [N, row bytes]."""
+
+    def rounder(
+        self, codec: Codec | None, unit: float, device: torch.device, method: Method, backend: Backend
+    ) -> Rounder:
+        search = backend(self.grid(codec, unit, device), self.group_size)
+
+        def round_rows(
+            weight: Tensor, error_weight: Tensor, inputs: Factor | None, outputs: Tensor | None
+        ) -> tuple[U8, Tensor]:
+            if inputs:
+                encoded = feedback(weight, inputs, search, outputs)
+            elif method == "paper":
+                encoded = search.encode_absmax(weight, error_weight)
+            else:
+                encoded = search.encode(weight, error_weight)
+            return self.pack(encoded), search.decode(encoded)
+
+        return round_rows
 
 
-def _round_to_grid(
-    kind: GridQuantizer,
-    grid: Grid,
-    method: Method,
-    weight: Tensor,
-    error_weight: Tensor,
-    inputs: Factor | None,
-    outputs: Tensor | None,
-) -> tuple[U8, Tensor]:
-    if inputs:
-        encoded = feedback(weight, inputs, grid, kind, outputs)
-    else:
-        encoded = (encode_absmax if method == "paper" else encode)(weight, error_weight, grid, kind.group_size)
-    return kind.pack(encoded), decode(encoded, grid)
-
-
-class AaacQuantizer:
-    """Makes an AAAC type: two codebooks that are fitted to the tensor."""
+class AaacQuantizer(_GridQuantizer):
+    """An AAAC type: two codebooks that are fitted to the tensor."""
 
     methods: tuple[Method, ...] = ("aaac", "paper")
 
     def __init__(self, layout: AaacType):
         self.layout, self.group_size = layout, layout.group_size
 
-    def fit(self, tensor: WeightedTensor, largest: float, method: Method, seed: int) -> Codec:
+    def fit(self, tensor: WeightedTensor, largest: float, method: Method, seed: int, backend: Backend) -> Codec:
         generator = torch.Generator().manual_seed(seed)
         if method == "paper":
-            everything = tensor.groups(self.group_size, tensor.weight.numel(), generator)
-            codec = fit_paper(*everything, self.layout, largest, generator)
+            groups = tensor.groups(self.group_size, tensor.weight.numel(), generator)
+            codec = fit_paper(*groups, self.layout, largest, generator)
         else:
-            codec = fit(*tensor.groups(self.group_size, _FIT_SAMPLE, generator), self.layout, largest)
-        return _in_range(codec, tensor.unit)
-
-    def rounder(self, codec: Codec | None, unit: float, device: torch.device, method: Method) -> Rounder:
-        return partial(_round_to_grid, self, self.grid(codec, unit, device), method)
+            groups = tensor.groups(self.group_size, FIT_SAMPLE, generator)
+            codec = fit(*groups, self.layout, largest, backend)
+        return _scaled(codec, tensor.unit)
 
     def grid(self, codec: Codec | None, unit: float, device: torch.device) -> Grid:
         assert codec
-        return Grid.of_codec(codec, self.layout, device, unit)
+        return Grid.from_codec(codec, self.layout, device, unit)
 
     def pack(self, encoded: Encoded) -> U8:
         parts = (encoded.indices, encoded.selectors, encoded.scale_codes.to(torch.uint8))
         return fmt.pack(self.layout, *(part.cpu().numpy() for part in parts))
 
 
-def _in_range(codec: Codec, unit: float) -> Codec:
+def _scaled(codec: Codec, unit: float) -> Codec:
     """Return the codec for weights that are `unit` times as large.
 
-    The scale base stays a normal number, and no scale times a level is beyond float32.
+    The scale base is kept a normal number, and small enough that no scale times a level overflows float32.
     """
     reach = float(fmt.scale_factors(codec.scale_mantissa_bits)[-1]) * fmt.MAX_LEVEL
     limits = np.finfo(np.float32)
@@ -132,19 +137,16 @@ def _in_range(codec: Codec, unit: float) -> Codec:
     return replace(codec, scale_base=float(np.float32(base)))
 
 
-class StockQuantizer:
-    """Makes a type of llama.cpp with a fixed codebook and a float16 scale per group."""
+class StockQuantizer(_GridQuantizer):
+    """A type of llama.cpp with a fixed codebook and a float16 scale for each group."""
 
     methods: tuple[Method, ...] = ("aaac",)
 
     def __init__(self, layout: StockType):
         self.layout, self.group_size = layout, layout.group_size
 
-    def fit(self, tensor: WeightedTensor, largest: float, method: Method, seed: int) -> None:
+    def fit(self, tensor: WeightedTensor, largest: float, method: Method, seed: int, backend: Backend) -> None:
         return None
-
-    def rounder(self, codec: Codec | None, unit: float, device: torch.device, method: Method) -> Rounder:
-        return partial(_round_to_grid, self, self.grid(codec, unit, device), method)
 
     def grid(self, codec: Codec | None, unit: float, device: torch.device) -> Grid:
         return self.layout.grid(device, unit)
@@ -154,38 +156,40 @@ class StockQuantizer:
 
 
 class KQuantizer:
-    """Makes a K-quant of llama.cpp: scales are chosen first, and weights are rounded to their steps."""
+    """A K-quant of llama.cpp: scales are chosen first, and weights are rounded to their steps."""
 
     methods: tuple[Method, ...] = ("aaac",)
 
     def __init__(self, layout: KQuant):
         self.layout = layout
 
-    def fit(self, tensor: WeightedTensor, largest: float, method: Method, seed: int) -> None:
+    def fit(self, tensor: WeightedTensor, largest: float, method: Method, seed: int, backend: Backend) -> None:
         return None
 
-    def rounder(self, codec: Codec | None, unit: float, device: torch.device, method: Method) -> Rounder:
-        def rounded(
+    def rounder(
+        self, codec: Codec | None, unit: float, device: torch.device, method: Method, backend: Backend
+    ) -> Rounder:
+        def round_rows(
             weight: Tensor, error_weight: Tensor, inputs: Factor | None, outputs: Tensor | None
         ) -> tuple[U8, Tensor]:
             weight = weight * unit
             steps = self.layout.steps(weight, error_weight.expand(weight.shape))
-            quants = feedback_on_steps(weight, inputs, steps, outputs) if inputs else steps.quants(weight)
+            quants = feedback_on_steps(weight, inputs, steps, backend, outputs) if inputs else steps.quants(weight)
             return self.layout.packed(quants, steps), steps.weights(quants) / unit
 
-        return rounded
+        return round_rows
 
 
 @dataclass(frozen=True)
 class TensorType:
     """A tensor type that can be written.
 
-    type            the id in the file
-    file_type       general.file_type of a file that is mostly of this type, which llama.cpp prints as the model's type
-    quantizer       rounds weights by search; None if the type is only rounded to nearest
-    fallback        the type that a tensor gets instead if its rows are not whole blocks of this one
-    candidate_rank  the place among the types that mixed precision chooses from, smallest first; None if it does not choose this type
-    by_importance   whether a search under importance alone is better than rounding to nearest
+    type            its id in the file
+    file_type       general.file_type of a file of mostly this type, which llama.cpp prints as the type of the model
+    quantizer       rounds by search; None if the type is only rounded to nearest
+    fallback        the type for a tensor whose rows are not whole blocks of this one
+    candidate_rank  the place among the types that mixed precision chooses from, smallest first; None if it is not one
+    by_importance   whether search under importance alone is better than rounding to nearest
     """
 
     type: T
@@ -198,9 +202,11 @@ class TensorType:
 
 _G16, _G32, _G128 = T["AAAC4_G16"], T["AAAC4_G32"], T["AAAC4_G128"]
 
-# In the order in which types are listed. The file type of an AAAC type is its id, in the patch's llama_ftype too.
-# Importance alone changes next to nothing from 5 bits up. Q4_0's own rounding may change the sign of a block's scale,
-# which the search does not do.
+# In the order in which types are listed.
+# The file type of an AAAC type is its id, as in the patch's llama_ftype.
+# A fallback has a longer grid. Types between the candidates cost more error for their bytes than a mixture of these.
+# From 5 bits up, importance alone changes next to nothing. For Q4_0, rounding to nearest may choose the sign of a
+# scale, which the search does not.
 TENSOR_TYPES: dict[T, TensorType] = {
     row.type: row
     for row in (
@@ -225,5 +231,5 @@ def round_to_nearest(weight: Tensor, type: T) -> NDArray[Any]:
     The dtype is the type's own for F32 and F16, and uint8 [..., row bytes] for the others.
     """
     if type in KQUANTS:  # the gguf library has no encoder for these
-        return quantize_rounded(KQUANTS[type], weight)
+        return KQUANTS[type].round_to_nearest(weight)
     return gguf.quantize(weight.cpu().numpy(), type)

@@ -1,4 +1,4 @@
-"""The weights of one tensor with the weight of each one's error, in units that suit float32."""
+"""The weights of one tensor and the weight of each one's error, in units that suit float32."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 class WeightedTensor:
     """The weights [E, N, K] divided by `unit`, which keeps squares inside float32, and their error weights.
 
-    An error weight is the importance, float32 [E, K], of the weight's column. With `by_magnitude` it is importance * sqrt(mean(w^2) + w^2), the mean
-    taken over the row, as in llama.cpp's quantizers. The importance is known for the calibration text only, and other text
-    can turn the rounding of a large weight into a large error.
+    An error weight is the importance, float32 [E, K], of the column. With `by_magnitude` it is
+    importance * sqrt(mean(w^2) + w^2), with the mean over the row, as in llama.cpp's quantizers. The importance is known
+    for the calibration text only, and with other text the rounding of a large weight can cause a large error.
     """
 
     def __init__(self, weight: Tensor, importance: Tensor, unit: float, by_magnitude: bool):
@@ -28,8 +28,8 @@ class WeightedTensor:
     def groups(self, group_size: int, limit: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return groups [G, group_size] and their error weights.
 
-        These are all groups in order, or so many random ones that they hold `limit` weights. The numbers are drawn on the CPU, so they are the same
-        for every device.
+        These are all groups in order, or random ones if all would be more than `limit` weights. Random numbers are
+        drawn on the CPU, so that they are the same for every device.
         """
         n_experts, n_rows, n_per_row = self.weight.shape
         per_row = n_per_row // group_size

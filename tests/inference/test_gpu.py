@@ -168,7 +168,7 @@ def test_error_feedback_is_that_of_torch(cp, monkeypatch, qtype, n_rows, k, rows
         run = lambda: steps.weights(feedback_on_steps(w, inputs, steps, o))  # noqa: E731
         used = gpu_search.gpu_rounding(w.device)
     else:
-        grid = Grid.of_codec(quantize(w.cpu(), read_type(qtype.name)).codec, qtype, "cuda")
+        grid = Grid.from_codec(quantize(w.cpu(), read_type(qtype.name)).codec, qtype, "cuda")
         run = lambda: decode_encoded(feedback(w, inputs, grid, qtype, o), grid)  # noqa: E731
         used = gpu_search.gpu_search(grid, qtype.group_size)
     assert used, "the kernels cannot be built"
