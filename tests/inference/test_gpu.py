@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from aaac_samples import codec, every_combination, hand_written, random_blocks
-from search_samples import check_alike, moment, samples
+from gguf import GGMLQuantizationType as T
+from search_samples import check_alike, moment, samples, search_for
 
 from aaac_gguf import resources
 from aaac_gguf.conversion.convert import Calibration, Settings, convert
@@ -24,13 +25,11 @@ from aaac_gguf.errors import AaacError
 from aaac_gguf.files.format import G16, G32, TYPES, decode
 from aaac_gguf.files.gguf import read
 from aaac_gguf.inference import kernels
-from aaac_gguf.quantizer import cuda as gpu_search
+from aaac_gguf.quantizer.backends import BACKENDS, choose_backend
+from aaac_gguf.quantizer.cuda import CudaSearch
 from aaac_gguf.quantizer.feedback import feedback, feedback_on_steps
-from aaac_gguf.quantizer.grid import Grid
 from aaac_gguf.quantizer.kquants import KQUANTS
 from aaac_gguf.quantizer.moments import factor
-from aaac_gguf.quantizer.quantize import quantize
-from aaac_gguf.quantizer.search import decode as decode_encoded
 from aaac_gguf.reporting import demo
 
 pytestmark = pytest.mark.gpu
@@ -153,32 +152,31 @@ def test_torch_tensors_stay_where_they_are(cp, qtype):
         assert ((y.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("rows_too", [False, True], ids=["columns", "columns and rows"])
+@pytest.mark.parametrize("between_rows", [False, True], ids=["columns", "columns and rows"])
 @pytest.mark.parametrize(("n_rows", "k"), [(1, 128), (45, 384), (896, 1024)])
-@pytest.mark.parametrize("qtype", [*TYPES.values(), *KQUANTS.values()], ids=[*TYPES, *(t.name for t in KQUANTS)])
-def test_error_feedback_is_that_of_torch(cp, monkeypatch, qtype, n_rows, k, rows_too):
+@pytest.mark.parametrize("type", [*(T[name] for name in TYPES), *KQUANTS], ids=lambda t: t.name)
+def test_error_feedback_is_that_of_torch(cp, type, n_rows, k, between_rows):
     if not torch.cuda.is_available():
         pytest.skip("torch is built without CUDA")
-    if qtype in KQUANTS.values():
+    if type in KQUANTS:
         k = -(-k // 256) * 256
     w, inputs = samples(n_rows, k).cuda(), factor(moment(k, 4 * k).cuda())
-    o = torch.eye(n_rows, device="cuda") + 0.3 if rows_too else None
-    if qtype in KQUANTS.values():
-        steps = qtype.steps(w, torch.ones_like(w))
-        run = lambda: steps.weights(feedback_on_steps(w, inputs, steps, o))  # noqa: E731
-        used = gpu_search.gpu_rounding(w.device)
-    else:
-        grid = Grid.from_codec(quantize(w.cpu(), read_type(qtype.name)).codec, qtype, "cuda")
-        run = lambda: decode_encoded(feedback(w, inputs, grid, qtype, o), grid)  # noqa: E731
-        used = gpu_search.gpu_search(grid, qtype.group_size)
-    assert used, "the kernels cannot be built"
+    o = torch.eye(n_rows, device="cuda") + 0.3 if between_rows else None
+    assert choose_backend(w.device) is CudaSearch, "the kernels cannot be built"
+
+    def run(backend):
+        if type in KQUANTS:
+            steps = KQUANTS[type].steps(w, torch.ones_like(w))
+            return steps.weights(feedback_on_steps(w, inputs, steps, BACKENDS[backend], o))
+        search = search_for(type, w, backend)
+        return search.decode(feedback(w, inputs, search, o))
+
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        found = run()
-        assert torch.equal(run(), found), "two runs differ: a race"
+        found = run("cuda")
+        assert torch.equal(run("cuda"), found), "two runs differ: a race"
     torch.cuda.synchronize()
-    monkeypatch.setattr(gpu_search, "launcher", lambda device, *names: None)
-    check_alike(w, found, run(), inputs, o)
+    check_alike(w, found, run("torch"), inputs, o)
 
 
 def test_errors_say_what_is_wrong(cp):
@@ -271,14 +269,8 @@ def test_backend_ops(cuda_bin, op):
 @pytest.fixture(scope="module", params=TYPES)
 def model(request, demo_gguf, tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu") / f"demo-{request.param}.gguf"
-    convert(demo_gguf, out, Settings(type=read_type(request.param), calibration=Calibration("none")))
+    convert(demo_gguf, out, Settings(type=T[request.param], calibration=Calibration("none")))
     return out
-
-
-def read_type(name):
-    from gguf import GGMLQuantizationType
-
-    return GGMLQuantizationType[name]
 
 
 @pytest.mark.llama

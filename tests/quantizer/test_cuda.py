@@ -8,19 +8,16 @@ import pytest
 import torch
 from conftest import host_library
 from gguf import GGMLQuantizationType as T
-from search_samples import check_alike, moment, samples
+from search_samples import G16, G32, G128, K_TYPES, NEEDS_C, check_alike, moment, samples, search_for
 
-from aaac_gguf.errors import AaacError
-from aaac_gguf.files.format import G16, G32, G128
-from aaac_gguf.quantizer import cuda as gpu_search
-from aaac_gguf.quantizer import feedback as module
+from aaac_gguf.quantizer import cuda
+from aaac_gguf.quantizer.columns import BLOCK_COLUMNS
+from aaac_gguf.quantizer.cuda import CudaSearch, Launcher
 from aaac_gguf.quantizer.feedback import feedback, feedback_on_steps
-from aaac_gguf.quantizer.grid import SCALE_STARTS, Grid
+from aaac_gguf.quantizer.grid import SCALE_STARTS
 from aaac_gguf.quantizer.kquants import KQUANTS
 from aaac_gguf.quantizer.moments import factor
-from aaac_gguf.quantizer.quantize import quantize
-from aaac_gguf.quantizer.search import decode
-from aaac_gguf.quantizer.stock import STOCK_TYPES
+from aaac_gguf.quantizer.search import TorchSearch
 
 KERNELS = ("aaac_feed_back", "aaac_sweep")
 
@@ -31,49 +28,38 @@ def lib(tmp_path_factory):
 
 
 def as_cupy_passes(argument):
-    """A structure, an int or a pointer, by its type in Python."""
+    """Return a structure, an int or a pointer, by its type in Python."""
     if isinstance(argument, np.ndarray):
         return argument.ctypes
     return ctypes.c_int32(int(argument)) if isinstance(argument, np.int32) else ctypes.c_void_p(argument)
 
 
 @pytest.fixture
-def on_host(lib, monkeypatch):
-    """Makes feedback.py launch the kernels, here, unless search.c does the work; returns the names of those launched."""
-    launched = []
+def launched(lib, monkeypatch):
+    """Make CudaSearch launch its kernels here. The names of those that it launches are in the list."""
+    names = []
 
     def kernel(name):
         function, _, group_size = name.removesuffix(">").partition("<")
 
         def launch(blocks, threads, args):
-            launched.append(function)
+            names.append(function)
             getattr(lib, function)(int(group_size or 0), *blocks, *threads, *map(as_cupy_passes, args))
 
         return launch
 
-    def launcher(device, *names):
-        return gpu_search.Launcher({name: kernel(name) for name in names}, nullcontext(), nullcontext())
-
-    monkeypatch.setattr(gpu_search, "launcher", launcher)
-    return launched
-
-
-def grid_of(qtype, w: torch.Tensor, compiled: bool) -> Grid:
-    grid = (
-        qtype.grid("cpu", 1.0)
-        if hasattr(qtype, "grid")
-        else Grid.of_codec(quantize(w, T[qtype.name]).codec, qtype, "cpu")
+    monkeypatch.setattr(
+        cuda, "launcher", lambda _, *names: Launcher({name: kernel(name) for name in names}, nullcontext)
     )
-    if not compiled:
-        grid.__dict__["compiled"] = None
-    return grid
+    return names
 
 
 FULL, FEW = 2000, 40  # tokens: H of full rank, and H that only damping makes definite
 
 
+@NEEDS_C
 @pytest.mark.parametrize(
-    ("qtype", "n_rows", "k", "n_tokens", "rows_too"),
+    ("type", "n_rows", "k", "n_tokens", "between_rows"),
     [
         (G16, 5, 64, FULL, False),
         (G16, 1, 192, FULL, False),
@@ -82,61 +68,38 @@ FULL, FEW = 2000, 40  # tokens: H of full rank, and H that only damping makes de
         (G32, 18, 64, FEW, True),
         (G128, 7, 384, FULL, False),
         (G128, 3, 256, FEW, True),
-        (STOCK_TYPES[T.IQ4_NL], 6, 96, FULL, False),
-        (STOCK_TYPES[T.Q8_0], 3, 160, FEW, False),
+        (T.IQ4_NL, 6, 96, FULL, False),
+        (T.Q8_0, 3, 160, FEW, False),
     ],
 )
-def test_kernels_choose_as_torch_and_c_do(on_host, monkeypatch, qtype, n_rows, k, n_tokens, rows_too):
+def test_feedback_is_that_of_torch_and_of_search_c(launched, type, n_rows, k, n_tokens, between_rows):
     w, inputs = samples(n_rows, k), factor(moment(k, n_tokens))
-    o = torch.eye(n_rows) + 0.3 if rows_too else None
+    o = torch.eye(n_rows) + 0.3 if between_rows else None
+    search, *others = (search_for(type, w, backend) for backend in ("cuda", "torch", "native"))
     for sweeps in (0, 2):
-        on_host.clear()
-        found = feedback(w, inputs, grid_of(qtype, w, compiled=False), qtype, o, sweeps)
-        blocks = -(-k // 128) * (len(range(0, n_rows, -(-n_rows // 16))) if rows_too else 1)
-        assert [on_host.count(name) for name in KERNELS] == [blocks, sweeps * blocks]
-        grids = [grid_of(qtype, w, compiled) for compiled in (False, True)]
-        with monkeypatch.context() as patch:
-            patch.setattr(gpu_search, "launcher", lambda device, *names: None)
-            wanted = [feedback(w, inputs, grid, qtype, o, sweeps) for grid in grids]
-        for other in wanted:
-            check_alike(w, decode(found, grids[0]), decode(other, grids[0]), inputs, o)
+        launched.clear()
+        found = search.decode(feedback(w, inputs, search, o, sweeps))
+        blocks = -(-k // 128) * (len(range(0, n_rows, -(-n_rows // 16))) if between_rows else 1)
+        assert [launched.count(name) for name in KERNELS] == [blocks, sweeps * blocks]
+        for other in others:
+            check_alike(w, found, other.decode(feedback(w, inputs, other, o, sweeps)), inputs, o)
 
 
 @pytest.mark.parametrize("n_tokens", [FULL, FEW])
-@pytest.mark.parametrize("rows_too", [False, True], ids=["columns", "columns and rows"])
-@pytest.mark.parametrize("kind", KQUANTS.values(), ids=[t.name for t in KQUANTS])
-def test_rounding_to_steps(on_host, monkeypatch, kind, rows_too, n_tokens):
+@pytest.mark.parametrize("between_rows", [False, True], ids=["columns", "columns and rows"])
+@K_TYPES
+def test_feedback_on_steps_is_that_of_torch(launched, type, between_rows, n_tokens):
     w, inputs = samples(7, 512), factor(moment(512, n_tokens))
-    steps = kind.steps(w, torch.ones_like(w))
-    o = torch.eye(7) + 0.3 if rows_too else None
-    found = feedback_on_steps(w, inputs, steps, o)
-    assert on_host == ["aaac_feed_back_on_steps"] * (4 * 7 if rows_too else 4)
-    monkeypatch.setattr(gpu_search, "launcher", lambda device, *names: None)
-    check_alike(w, steps.weights(found), steps.weights(feedback_on_steps(w, inputs, steps, o)), inputs, o)
+    steps = KQUANTS[type].steps(w, torch.ones_like(w))
+    o = torch.eye(7) + 0.3 if between_rows else None
+    found = feedback_on_steps(w, inputs, steps, CudaSearch, o)
+    assert launched == ["aaac_feed_back_on_steps"] * (4 * 7 if between_rows else 4)
+    expected = feedback_on_steps(w, inputs, steps, TorchSearch, o)
+    check_alike(w, steps.weights(found), steps.weights(expected), inputs, o)
 
 
-def test_constants_match(lib):
+def test_constants_are_those_of_search_cu(lib):
     constants = (ctypes.c_int * 5)()
     lib.constants(constants)
-    assert list(constants) == [
-        gpu_search.ROWS,
-        gpu_search.THREADS,
-        gpu_search.STARTS,
-        module._BLOCK,
-        gpu_search.GRID.itemsize,
-    ]
-    assert {len(starts) for starts in SCALE_STARTS.values()} == {gpu_search.STARTS}
-
-
-def test_without_cupy_torch_does_it(monkeypatch):
-    def missing(file, expression):
-        raise AaacError("CuPy is not installed")
-
-    monkeypatch.setattr(gpu_search, "kernel", missing)
-    gpu_search._kernels.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="CuPy is not installed; error feedback takes many times as long"):
-            assert gpu_search._kernels("aaac_sweep<16>") is None
-    finally:
-        gpu_search._kernels.cache_clear()
-    assert gpu_search.gpu_search(grid_of(G16, samples(2, 64), compiled=False), 16) is None
+    assert list(constants) == [cuda.ROWS, cuda.THREADS, cuda.STARTS, BLOCK_COLUMNS, cuda.GRID.itemsize]
+    assert {len(starts) for starts in SCALE_STARTS.values()} == {cuda.STARTS}
