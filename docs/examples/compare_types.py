@@ -2,8 +2,8 @@
 
     python compare_types.py [MODEL] [-o FOLDER] [--types LIST] [--text FILE]
 
-Needs `aaac-gguf llama build` once. The default is the model that ships with aaac-gguf, with the text that ships with it. FOLDER gets the files,
-comparison.json and comparison.html, a page with plots.
+Needs `aaac-gguf llama build` once. The default is the model and the text that ship with aaac-gguf.
+FOLDER gets the files, comparison.json and comparison.html, a page with plots.
 """
 
 import argparse

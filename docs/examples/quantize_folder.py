@@ -2,7 +2,8 @@
 
     python quantize_folder.py [MODEL] [-o OUT.gguf] [--type TYPE] [--calibration TEXT] [--sequences N]
 
-MODEL is a folder, OWNER/NAME of the Hugging Face Hub, or a GGUF file. The default is the model that ships with aaac-gguf.
+MODEL is a folder, OWNER/NAME of the Hugging Face Hub, or a GGUF file.
+The default is the model that ships with aaac-gguf.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python quantize_tensor.py [WEIGHT.npy] [--importance IMPORTANCE.npy] [--type TYPE]
 
-WEIGHT is float32 [N, K], K a multiple of 64. IMPORTANCE is float32 [K]: the mean square of each input. The default is a matrix of the model that ships
-with aaac-gguf, with inputs drawn at random.
+WEIGHT is float32 [N, K], K a multiple of 64. IMPORTANCE is float32 [K]: the mean square of each input.
+The default is a matrix of the model that ships with aaac-gguf, with inputs drawn at random.
 """
 
 import argparse
@@ -26,7 +26,8 @@ else:
     with safe_open(MODEL / "model.safetensors", "pt") as file:
         weight = file.get_tensor("model.layers.0.mlp.down_proj.weight").float().numpy()
 
-# The inputs x of the matrix, which a real calibration observes: here 2048 vectors with correlated channels of unequal size.
+# The inputs x of the matrix, which a real calibration observes. Here: 2048 vectors, with correlated channels of unequal
+# size.
 n_per_row = weight.shape[1]
 rng = np.random.default_rng(0)
 mixing = rng.normal(size=(n_per_row // 4, n_per_row)) * rng.lognormal(size=n_per_row)
@@ -45,7 +46,8 @@ print(f"{args.type}, relative squared errors")
 report("the weights alone", aaac.quantize_tensor(weight, args.type))
 report("with importance", aaac.quantize_tensor(weight, args.type, importance=importance))
 if not args.importance:
-    # With the hessian, later columns make up for the errors of earlier ones. The weights are less exact, the outputs more.
+    # With the hessian, later columns make up for the errors of earlier ones.
+    # The weights become less exact and the outputs more exact.
     report("with the hessian", aaac.quantize_tensor(weight, args.type, hessian=hessian))
 
 quantized = aaac.quantize_tensor(weight, args.type)
