@@ -100,14 +100,14 @@ class Calibration(BlockMoments):
         self.hidden.copy_(self.full[0])
         self.position, self.quantizing = 0, False
 
-    def put(self, name: str, weight: Tensor) -> None:
-        super().put(name, weight)
+    def replace(self, name: str, weight: Tensor) -> None:
+        super().replace(name, weight)
         rows = self._rows(name)
         if rows is None:
             raise SystemExit(
                 f"{name}: its rows are not those of {self.place[name][1]}; this benchmark needs them to be"
             )
-        rows.put(self.judged[self.place[name][1]], weight)
+        rows.replace(self.judged[self.place[name][1]], weight)
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -316,12 +316,12 @@ def quantize_model(row: Row, calibration: Calibration, layers: dict[str, Layer],
     calibration.restart()
     if not row.in_sequence:
         for name, layer in layers.items():
-            calibration.put(name, row.reconstruct(layer, seed))
+            calibration.replace(name, row.reconstruct(layer, seed))
         return
     for _ in range(len(calibration.blocks) - 1):
-        for stage in calibration.stages():
-            for name, seen in stage.items():
-                calibration.put(name, row.reconstruct(Layer(layers[name].weight, seen), seed))
+        for layer in calibration.layers():
+            for name, seen in layer.items():
+                calibration.replace(name, row.reconstruct(Layer(layers[name].weight, seen), seed))
 
 
 def stock_row(name: str, path: str, layers: dict[str, Layer]) -> Row:
@@ -422,13 +422,13 @@ def main() -> None:
         layers = {}
         for name in sorted(calibration.place, key=calibration.place.__getitem__):
             weight = convert.load_weight(file, name, "cpu")
-            layers[name] = Layer(weight, calibration.of(name))
+            layers[name] = Layer(weight, calibration.moments(name))
         imatrix = Imatrix(
             {name: Entry(layer.importance[None].numpy(), np.ones(1, np.float32)) for name, layer in layers.items()}
         )
         synthetic = SyntheticMoments(file, imatrix, seed=args.seed)
         for name, layer in layers.items():
-            moments = synthetic.of(name)
+            moments = synthetic.moments(name)
             layer.synthetic = moments.inputs if moments else None
         calibration_seconds = time.monotonic() - start
         stock = [stock_row(*item.split("=", 1), layers) for item in args.stock]

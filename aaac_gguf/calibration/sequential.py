@@ -6,9 +6,10 @@ inputs, and forward again, now quantizing. In memory are one block and what it c
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..files.gguf import GgufFile
 from ..models.blocks import Reached
 from ..models.checkpoint import gguf_names
-from ..models.rows import Rows
+from ..models.rows import RowMap
 from ..models.weights import load_weight
 from ..progress import progress
 from ..quantizer.moments import Moments
@@ -27,10 +28,12 @@ from .activations import Activations, Products, on_disk
 # O of a vocabulary of 128,256 would take 61 GiB.
 MAX_OUTPUTS = 1 << 15
 
-Inputs = dict[tuple[str, int], Tensor]  # what some sequences multiply a parameter with, or an expert of it: [tokens, K]
+LayerInputs = dict[
+    tuple[str, int], Tensor
+]  # what some sequences multiply a parameter with, or an expert of it: [tokens, K]
 
 
-class _Record(Products):
+class InputRecorder(Products):
     """Keeps the inputs of the parameters `wanted`, and sums the second moments of their output gradients where gradients are on."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], wanted: Collection[str], last: str | None = None):
@@ -38,11 +41,11 @@ class _Record(Products):
         super().__init__(parameters, self._observe)
         self.wanted, self.last = wanted, last
         self.dims = {name: p.dim() for name, p in parameters.items()}
-        self.inputs: Inputs = {}  # of the sequences that run
+        self.inputs: LayerInputs = {}  # of the sequences that run
         self.weight = 1.0  # each of these sequences'
         self.outputs: dict[str, Tensor] = {}
         # By parameter, in the order of the products, the first that multiplies the same inputs: Q for Q, K and V.
-        self.leaders: dict[str, str] = {}
+        self.same_input_as: dict[str, str] = {}
         self.product: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,9 +68,9 @@ class _Record(Products):
                 and latest.data_ptr() == inputs.data_ptr()
                 and latest.shape == inputs.shape
             ):
-                self.leaders[name] = before[0]
+                self.same_input_as[name] = before[0]
                 return
-        self.leaders[name] = name
+        self.same_input_as[name] = name
         seen = self.inputs.get((name, expert))
         self.inputs[name, expert] = inputs if seen is None else torch.cat([seen, inputs])
         if name == self.last:
@@ -90,11 +93,11 @@ def _add(sums: dict[Any, Tensor], key: Any, weight: float, a: Tensor, b: Tensor)
 
 @dataclass
 class _Block:
-    """What the full model does in one block: by batch the inputs of its products, their leaders (see `_Record`), and sums of g g^T."""
+    """What the full model does in one block: by batch the inputs of its products, their same_input_as (see `InputRecorder`), and sums of g g^T."""
 
     number: int
-    inputs: list[Inputs]
-    leaders: dict[str, str]
+    inputs: list[LayerInputs]
+    same_input_as: dict[str, str]
     outputs: dict[str, Tensor]
 
 
@@ -131,54 +134,56 @@ class BlockMoments:
             for name in self.blocks.parameters(i):
                 self.place |= dict.fromkeys(gguf_names(name, file.architecture, n_layers, quantized), (i, name))
         self.held: _Block | None = None
-        self.rows: dict[str, Rows | None] = {}
+        self.rows: dict[str, RowMap | None] = {}
         self.gradients = on_disk(folder / "gradients", self.full.shape, self.full.dtype)
         for i in self._bar(range(len(self.blocks) - 1, 0, -1), "measuring sensitivities"):
             for batch in self.batches:
                 self.gradients[i, batch] = self._backward(i, batch)
 
-    def of(self, name: str) -> Moments | None:
+    def moments(self, name: str) -> Moments | None:
         """The moments of a tensor in the full model; None where no product with it was seen."""
         if name not in self.place:
             return None
         number, parameter = self.place[name]
         block = self._open(number)
-        if parameter not in block.leaders:
+        if parameter not in block.same_input_as:
             return None
-        return self._in_rows(name, self._summed(block, block.leaders[parameter], block.inputs, drifting=False), block)
+        return self._in_rows(
+            name, self._summed(block, block.same_input_as[parameter], block.inputs, drifting=False), block
+        )
 
     def tensors(self, number: int) -> list[str]:
         """The tensors of a block among those that are asked for."""
         return [name for name, (i, _) in self.place.items() if i == number]
 
-    def awaits(self, name: str) -> bool:
+    def pending(self, name: str) -> bool:
         """Whether a tensor belongs to the block at `position` or to one behind it."""
         return name in self.place and self.place[name][0] >= self.position
 
-    def stages(self) -> Iterator[dict[str, Moments]]:
+    def layers(self) -> Iterator[dict[str, Moments]]:
         """The tensors of the block at `position` in the order in which it multiplies with them; those of one stage have the same inputs.
 
-        What a stage becomes must be `put` in place before the next is asked for. After the last comes the next block.
+        What a stage becomes must be `replace`d in place before the next is asked for. After the last comes the next block.
         """
         number = self.position
         block = self._open(number)
-        for leader in dict.fromkeys(block.leaders.values()):
+        for leader in dict.fromkeys(block.same_input_as.values()):
             runs = self._quantized_inputs(number, leader) if self.quantizing else block.inputs
             seen = self._summed(block, leader, runs, drifting=self.quantizing)
-            names = [name for name in self.tensors(number) if block.leaders.get(self.place[name][1]) == leader]
+            names = [name for name in self.tensors(number) if block.same_input_as.get(self.place[name][1]) == leader]
             yield {name: self._in_rows(name, seen, block) for name in names}
-        self.finish()
+        self.advance()
 
-    def put(self, name: str, weight: Tensor) -> None:
+    def replace(self, name: str, weight: Tensor) -> None:
         """Let the blocks behind see the decoded values float32 [..., K] of a tensor. Where its rows are not known they see the full ones."""
         number, parameter = self.place[name]
         rows = self._rows(name)
         if rows:
-            rows.put(self._parameters(number)[parameter], weight)
+            rows.replace(self._parameters(number)[parameter], weight)
             # A model without blocks would have to run whole for every stage.
             self.quantizing = len(self.blocks) > 1
 
-    def finish(self) -> None:
+    def advance(self) -> None:
         """Go on to the next block."""
         self.held = None
         self.rows.clear()
@@ -198,7 +203,7 @@ class BlockMoments:
     def _run(self, i: int, batch: slice, hidden: Tensor) -> Tensor:
         return self.blocks.run(i, self.sequences[batch], hidden.to(self.blocks.model.device))
 
-    def _backward(self, i: int, batch: slice, record: _Record | None = None) -> Tensor:
+    def _backward(self, i: int, batch: slice, record: InputRecorder | None = None) -> Tensor:
         """Run block i of the full model forward and backward. Returns the gradient at its inputs [n, T, d]."""
         hidden = self.full[i, batch].to(self.blocks.model.device, copy=True).requires_grad_(True)
         with torch.enable_grad():
@@ -219,25 +224,25 @@ class BlockMoments:
         if not self.held or self.held.number != number:
             self.rows.clear()
             wanted = {parameter for i, parameter in self.place.values() if i == number}
-            record = _Record(self._parameters(number), wanted)
+            record = InputRecorder(self._parameters(number), wanted)
             inputs = []
             for batch, weight in zip(self.batches, self.weights, strict=True):
                 record.inputs, record.weight = {}, weight
                 self._backward(number, batch, record)
                 inputs.append(record.inputs)
-            self.held = _Block(number, inputs, record.leaders, record.outputs)
+            self.held = _Block(number, inputs, record.same_input_as, record.outputs)
         return self.held
 
-    def _quantized_inputs(self, number: int, leader: str) -> Iterator[Inputs]:
+    def _quantized_inputs(self, number: int, leader: str) -> Iterator[LayerInputs]:
         parameters = self._parameters(number)
-        record = _Record(parameters, [leader], last=leader if parameters[leader].dim() == 2 else None)
+        record = InputRecorder(parameters, [leader], last=leader if parameters[leader].dim() == 2 else None)
         for batch in self.batches:
             record.inputs = {}
             with torch.no_grad(), record:
                 self._run(number, batch, self.hidden[batch])
             yield record.inputs
 
-    def _summed(self, block: _Block, leader: str, runs: Iterable[Inputs], drifting: bool) -> tuple[Moments, float]:
+    def _summed(self, block: _Block, leader: str, runs: Iterable[LayerInputs], drifting: bool) -> tuple[Moments, float]:
         """The mean moments of a leader's inputs over the sequences, and over how many tokens."""
         parameter = self._parameters(block.number)[leader]
         n_experts = len(parameter) if parameter.dim() == 3 else 1
@@ -266,10 +271,10 @@ class BlockMoments:
         rows = self._rows(name)
         if rows is None or parameter not in block.outputs:
             return moments
-        return replace(moments, outputs=rows.of_outputs(block.outputs[parameter] / count))
+        return dataclasses.replace(moments, outputs=rows.of_outputs(block.outputs[parameter] / count))
 
-    def _rows(self, name: str) -> Rows | None:
+    def _rows(self, name: str) -> RowMap | None:
         if name not in self.rows:
             number, parameter = self.place[name]
-            self.rows[name] = Rows.find(self._parameters(number)[parameter], load_weight(self.file, name, "cpu"))
+            self.rows[name] = RowMap.find(self._parameters(number)[parameter], load_weight(self.file, name, "cpu"))
         return self.rows[name]

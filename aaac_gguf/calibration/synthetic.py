@@ -19,7 +19,7 @@ from ..models.weights import load_weight
 from ..quantizer.moments import Moments
 
 N_TOKENS = 8192
-DOUBT = 0.05  # the share of every correlation that would not be believed of any number of tokens
+SHRINKAGE = 0.05  # the share of every correlation that would not be believed of any number of tokens
 ATTENDED, SCORE_DEVIATION = 8, 4.0  # every head sees so many tokens, with the softmax of normal scores
 
 _NORM_EPSILON = 1e-5
@@ -43,7 +43,7 @@ class SyntheticMoments:
         factor = width**0.5 if file.architecture.startswith("gemma") else self._setting("embedding_scale", 1.0)
         self.residual = load_weight(file, "token_embd.weight", device, drawn) * factor
 
-    def of(self, name: str) -> Moments | None:
+    def moments(self, name: str) -> Moments | None:
         """The moments of a tensor's inputs; None where nothing is known of them. Raises ValueError for a block that has gone by."""
         number = self.n_blocks if name == "output.weight" else block_number(name, -1)
         if number < 0:
@@ -63,7 +63,7 @@ class SyntheticMoments:
         moments = x.T @ x / len(x)
         diagonal = moments.diagonal().clone()
         moments *= (
-            (1 - DOUBT) * len(x) / sum(x.shape)
+            (1 - SHRINKAGE) * len(x) / sum(x.shape)
         )  # as if as many tokens as there are channels had shown no correlation at all
         moments.diagonal().copy_(diagonal)
         return Moments(moments, None)

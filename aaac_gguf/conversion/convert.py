@@ -227,7 +227,7 @@ def mixed_plans(
         layout = shards(Path(file.path), metadata, [p.info for p in plans], settings.split_max_size)
         budget = settings.size - layout_bytes(layout) + sum(p.n_bytes for p in free)
     choices = measured(
-        free, lambda name: load_weight(file, name, settings.device), moments.of, settings.calibration.seed
+        free, lambda name: load_weight(file, name, settings.device), moments.moments, settings.calibration.seed
     )
     chosen = choose(choices, budget)
     if chosen is None:

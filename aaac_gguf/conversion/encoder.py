@@ -58,7 +58,7 @@ class Encoder:
         self.ready: dict[str, tuple[Any, Record | None]] = {}
 
     def __call__(self, info: TensorInfo) -> tuple[Any, Record | None]:
-        while self.moments and info.name not in self.ready and self.moments.awaits(info.name):
+        while self.moments and info.name not in self.ready and self.moments.pending(info.name):
             self._quantize_block(self.moments)
         return self.ready.pop(info.name, None) or self._encode(self.plans[info.name], None)
 
@@ -68,13 +68,13 @@ class Encoder:
         finished = {name: done for name in names if (done := self.written(name))}
         if len(finished) == len(names):
             for name, done in finished.items():
-                moments.put(name, self._decoded(name, done))
-            moments.finish()
+                moments.replace(name, self._decoded(name, done))
+            moments.advance()
             return
-        for stage in moments.stages():
-            for name, seen in stage.items():
+        for layer in moments.layers():
+            for name, seen in layer.items():
                 done = finished.get(name) or self._encode(self.plans[name], seen)
-                moments.put(name, self._decoded(name, done))
+                moments.replace(name, self._decoded(name, done))
                 if name not in finished:
                     self.ready[name] = done
 
@@ -91,7 +91,7 @@ class Encoder:
         if plan.name not in self.searched:
             return encode_stock(weight, plan.type), None
         if not seen and self.synthetic and plan.type != T.Q8_0:
-            seen = self.synthetic.of(plan.name)
+            seen = self.synthetic.moments(plan.name)
         # Importance changes next to nothing from 5 bits up, and Q4_0's own rounding may turn a block's sign round, which the search does not.
         if not seen and plan.type in (T.Q8_0, T.Q4_0, *KQUANTS):
             return encode_stock(weight, plan.type), None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowMap:
     """Where the rows of a GGUF tensor [..., K] are in the parameter that it was made of: `order` int64, in the parameter or in its transpose.
 
     llama.cpp's converter permutes Q and K for its rotary embedding and cuts fused projections apart; GPT-2 holds its matrices transposed.
@@ -19,7 +19,7 @@ class Rows:
     transposed: bool
 
     @classmethod
-    def find(cls, parameter: Tensor, weight: Tensor) -> Rows | None:
+    def find(cls, parameter: Tensor, weight: Tensor) -> RowMap | None:
         """Rows are known by their values; None where one is not found, since the converter changed the weights."""
         wanted = weight.float().cpu().reshape(-1, weight.shape[-1])
         for transposed in (False, True):
@@ -36,7 +36,7 @@ class Rows:
         order = self.order.to(outputs.device)
         return outputs[order][:, order]
 
-    def put(self, parameter: Tensor, weight: Tensor) -> None:
+    def replace(self, parameter: Tensor, weight: Tensor) -> None:
         """Give the tensor's place in the parameter other values, `weight` [..., K]."""
         values = _turned(parameter.data, self.transposed)
         order = self.order.to(values.device)

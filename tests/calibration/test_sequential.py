@@ -60,7 +60,7 @@ def test_moments_are_those_of_inputs_and_gradients(model, demo_full, tmp_path):
         out.register_hook(lambda g: gradients.append(g))
 
     hook = module(model, DOWN).register_forward_hook(watch)
-    found = moments.of(DOWN)
+    found = moments.moments(DOWN)
     hook.remove()
     x, g = torch.cat(inputs).flatten(0, 1), torch.cat(gradients).flatten(0, 1)
     assert len(x) == len(g) == tokens.numel()
@@ -72,7 +72,7 @@ def test_moments_are_those_of_inputs_and_gradients(model, demo_full, tmp_path):
 def test_gradients_are_those_of_the_whole_model(model, demo_full, tmp_path):
     """Blocks backward one by one, and the whole model at once, for the tokens that the seed draws."""
     tokens = random_tokens(2)
-    found = block_moments(model, demo_full, tmp_path, tokens, seed=3).of(DOWN)
+    found = block_moments(model, demo_full, tmp_path, tokens, seed=3).moments(DOWN)
     gradients = []
     module(model, DOWN).register_forward_hook(lambda _, args, out: out.register_hook(gradients.append) and None)
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_whole_model(model, demo_full, tmp_path):
 def test_the_error_predicts_the_divergence(model, demo_full, tmp_path):
     """The KL divergence that a small random change of one matrix causes is about tr(O D H D^T) / 2, over tokens."""
     tokens = random_tokens(4, 64)
-    found = block_moments(model, demo_full, tmp_path, tokens).of(DOWN)
+    found = block_moments(model, demo_full, tmp_path, tokens).moments(DOWN)
     weight = module(model, DOWN).weight
     change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.02 * weight.std()
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_the_error_predicts_the_divergence(model, demo_full, tmp_path):
 
 
 def test_moments_depend_on_the_seed_alone(model, demo_full, tmp_path):
-    runs = [block_moments(model, demo_full, tmp_path, random_tokens(), seed=seed).of(DOWN) for seed in (1, 1, 2)]
+    runs = [block_moments(model, demo_full, tmp_path, random_tokens(), seed=seed).moments(DOWN) for seed in (1, 1, 2)]
     assert torch.equal(runs[0].outputs, runs[1].outputs)
     assert not torch.equal(runs[0].outputs, runs[2].outputs)
     assert torch.equal(runs[0].inputs, runs[2].inputs)
@@ -109,7 +109,7 @@ def test_moments_depend_on_the_seed_alone(model, demo_full, tmp_path):
 def test_stages_follow_the_products(model, demo_full, tmp_path):
     moments = block_moments(model, demo_full, tmp_path, random_tokens())
     for i in range(4):
-        stages = [[name.split(".")[2] for name in stage] for stage in moments.stages()]
+        stages = [[name.split(".")[2] for name in stage] for stage in moments.layers()]
         assert stages == [["attn_q", "attn_k", "attn_v"], ["attn_output"], ["ffn_gate", "ffn_up"], ["ffn_down"]]
         assert moments.position == i + 1
 
@@ -121,10 +121,10 @@ def test_each_stage_sees_the_quantized_layers_before(model, demo_full, tmp_path)
     moments = block_moments(model, demo_full, tmp_path, tokens)
     reported = {}
     for _ in range(2):
-        for stage in moments.stages():
+        for stage in moments.layers():
             for name, seen in stage.items():
                 reported[name] = seen
-                moments.put(name, 0.9 * torch.from_numpy(demo_full[name]))
+                moments.replace(name, 0.9 * torch.from_numpy(demo_full[name]))
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in reported}
     for m in (full_model, model):
         for name in reported:
@@ -152,17 +152,17 @@ def test_a_finished_block_can_be_passed(model, demo_full, tmp_path):
         m = checkpoint.load_model(resources.MODEL)
         moments = block_moments(m, demo_full, tmp_path, random_tokens())
         names = moments.tensors(0)
-        assert moments.awaits(names[0])
+        assert moments.pending(names[0])
         if passing:
             for name in names:
-                moments.put(name, 0.9 * torch.from_numpy(demo_full[name]))
-            moments.finish()
+                moments.replace(name, 0.9 * torch.from_numpy(demo_full[name]))
+            moments.advance()
         else:
-            for stage in moments.stages():
+            for stage in moments.layers():
                 for name in stage:
-                    moments.put(name, 0.9 * torch.from_numpy(demo_full[name]))
-        assert not moments.awaits(names[0])
-        found.append([seen for stage in moments.stages() for seen in stage.values()])
+                    moments.replace(name, 0.9 * torch.from_numpy(demo_full[name]))
+        assert not moments.pending(names[0])
+        found.append([seen for stage in moments.layers() for seen in stage.values()])
     assert all(
         torch.equal(a.inputs, b.inputs) and torch.equal(a.outputs, b.outputs) for a, b in zip(*found, strict=True)
     )
@@ -170,7 +170,7 @@ def test_a_finished_block_can_be_passed(model, demo_full, tmp_path):
 
 def test_equal_inputs_are_summed_once(model, demo_full, tmp_path):
     moments = block_moments(model, demo_full, tmp_path, random_tokens())
-    q, k, v, o = (moments.of(f"blk.2.attn_{part}.weight") for part in ("q", "k", "v", "output"))
+    q, k, v, o = (moments.moments(f"blk.2.attn_{part}.weight") for part in ("q", "k", "v", "output"))
     assert torch.equal(q.inputs, k.inputs)
     assert torch.equal(q.inputs, v.inputs)
     assert not torch.equal(q.inputs, o.inputs)
@@ -180,14 +180,14 @@ def test_equal_inputs_are_summed_once(model, demo_full, tmp_path):
 def test_too_many_outputs_are_left_out(model, demo_full, tmp_path, monkeypatch):
     monkeypatch.setattr(sequential, "MAX_OUTPUTS", 256)
     moments = block_moments(model, demo_full, tmp_path, random_tokens())
-    assert moments.of(DOWN.replace("down", "up")).outputs is None
-    assert moments.of(DOWN).outputs.shape == (256, 256)
+    assert moments.moments(DOWN.replace("down", "up")).outputs is None
+    assert moments.moments(DOWN).outputs.shape == (256, 256)
 
 
 def test_weights_count_as_repetitions(model, demo_full, tmp_path):
     tokens = random_tokens()
-    weighted = block_moments(model, demo_full, tmp_path, tokens, torch.tensor([1.0, 3.0, 3.0])).of(DOWN)
-    plain = block_moments(model, demo_full, tmp_path, torch.cat([tokens, tokens[1:], tokens[1:]])).of(DOWN)
+    weighted = block_moments(model, demo_full, tmp_path, tokens, torch.tensor([1.0, 3.0, 3.0])).moments(DOWN)
+    plain = block_moments(model, demo_full, tmp_path, torch.cat([tokens, tokens[1:], tokens[1:]])).moments(DOWN)
     torch.testing.assert_close(weighted.inputs, plain.inputs)
     # The tokens drawn for the gradients differ.
     assert float(weighted.outputs.trace() / plain.outputs.trace()) == pytest.approx(1, abs=0.2)
@@ -210,9 +210,9 @@ def test_experts_each_have_their_inputs(demo_full, tmp_path, monkeypatch):
     weights = {names[0]: layer.self_attn.q_proj.weight, names[3]: layer.mlp.experts.down_proj}
     monkeypatch.setattr(sequential, "load_weight", lambda _, name, device: weights[name].data)
     moments = block_moments(model, demo_full, tmp_path, random_tokens(1, 4) % 64, names=names)
-    down = moments.of(names[3])
+    down = moments.moments(names[3])
     assert down.inputs.shape == (8, 48, 48)
     assert down.outputs is None
     reached = down.inputs.diagonal(dim1=1, dim2=2).sum(1) > 0
     assert 0 < reached.sum() < 8
-    assert moments.of(names[0]).outputs.shape == (32, 32)
+    assert moments.moments(names[0]).outputs.shape == (32, 32)

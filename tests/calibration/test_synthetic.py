@@ -10,7 +10,7 @@ from conftest import write_source
 from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
-from aaac_gguf.calibration.synthetic import ATTENDED, DOUBT, N_TOKENS, SyntheticMoments
+from aaac_gguf.calibration.synthetic import ATTENDED, N_TOKENS, SHRINKAGE, SyntheticMoments
 from aaac_gguf.conversion import convert
 from aaac_gguf.conversion.encoder import Encoder, Rounding
 from aaac_gguf.conversion.plan import T
@@ -18,7 +18,7 @@ from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Entry, Imatrix, write_imatrix
 from aaac_gguf.models import checkpoint
-from aaac_gguf.models.rows import Rows
+from aaac_gguf.models.rows import RowMap
 from aaac_gguf.models.weights import load_weight
 from aaac_gguf.quantizer.moments import output_error
 from aaac_gguf.quantizer.quantize import quantize
@@ -61,7 +61,7 @@ def rms(x):
 def moments_of(x):
     """Of float32 [n, K], any n: its rows stand for all tokens."""
     h = x.T @ x / len(x)
-    believed = (1 - DOUBT) * N_TOKENS / (N_TOKENS + len(h))
+    believed = (1 - SHRINKAGE) * N_TOKENS / (N_TOKENS + len(h))
     return torch.where(torch.eye(len(h), dtype=torch.bool), h, believed * h)
 
 
@@ -80,16 +80,16 @@ def test_a_block_without_attention_by_hand(tensors, synthetic):
     found = synthetic()
     x = drawn_embeddings(tensors)
     attended = rms(x) * weight(tensors, "blk.0.attn_norm.weight")
-    torch.testing.assert_close(found.of("blk.0.attn_q.weight").inputs, moments_of(attended))
+    torch.testing.assert_close(found.moments("blk.0.attn_q.weight").inputs, moments_of(attended))
     fed = rms(x) * weight(tensors, "blk.0.ffn_norm.weight")
-    torch.testing.assert_close(found.of("blk.0.ffn_up.weight").inputs, moments_of(fed))
+    torch.testing.assert_close(found.moments("blk.0.ffn_up.weight").inputs, moments_of(fed))
     inner = torch.nn.functional.silu(fed @ weight(tensors, "blk.0.ffn_gate.weight").T) * (
         fed @ weight(tensors, "blk.0.ffn_up.weight").T
     )
-    torch.testing.assert_close(found.of("blk.0.ffn_down.weight").inputs, moments_of(inner), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.moments("blk.0.ffn_down.weight").inputs, moments_of(inner), rtol=1e-4, atol=1e-3)
     x = x + inner @ weight(tensors, "blk.0.ffn_down.weight").T
     attended = rms(x) * weight(tensors, "blk.1.attn_norm.weight")
-    torch.testing.assert_close(found.of("blk.1.attn_k.weight").inputs, moments_of(attended), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.moments("blk.1.attn_k.weight").inputs, moments_of(attended), rtol=1e-4, atol=1e-4)
 
 
 def test_heads_mix_the_values_of_their_group(tensors, synthetic):
@@ -101,7 +101,7 @@ def test_heads_mix_the_values_of_their_group(tensors, synthetic):
     ).T
     first, second = value.split(HEAD, 1)
     torch.testing.assert_close(
-        found.of("blk.0.attn_output.weight").inputs,
+        found.moments("blk.0.attn_output.weight").inputs,
         moments_of(torch.cat([first, first, second, second], 1)),
         rtol=1e-4,
         atol=1e-2,
@@ -111,7 +111,7 @@ def test_heads_mix_the_values_of_their_group(tensors, synthetic):
 def test_heads_attend_to_different_tokens(tensors, synthetic):
     """So the heads of a group agree as little as two tokens do, and a head's square is that of a few tokens' mean, not of one."""
     tensors["token_embd.weight"] -= tensors["token_embd.weight"].mean(0)
-    h = synthetic().of("blk.0.attn_output.weight").inputs
+    h = synthetic().moments("blk.0.attn_output.weight").inputs
     x = rms(drawn_embeddings(tensors)) * weight(tensors, "blk.0.attn_norm.weight")
     v = moments_of(x @ weight(tensors, "blk.0.attn_v.weight").T)[:HEAD, :HEAD]
     own, other = h[:HEAD, :HEAD], h[:HEAD, HEAD : 2 * HEAD]
@@ -136,11 +136,11 @@ def test_channels_have_the_importance_that_is_known(tensors, synthetic, rng):
     imatrix = Imatrix(entries)
     found = synthetic(imatrix)
     for name in names:
-        torch.testing.assert_close(found.of(name).inputs.diagonal(), torch.from_numpy(entries[name].importance()))
+        torch.testing.assert_close(found.moments(name).inputs.diagonal(), torch.from_numpy(entries[name].importance()))
     # It counts for what comes behind as well.
     blind = synthetic()
     a, b = (
-        s.of("blk.1.ffn_down.weight").inputs
+        s.moments("blk.1.ffn_down.weight").inputs
         for s in (synthetic(Imatrix({"blk.0.attn_q.weight": entries["blk.0.attn_q.weight"]})), blind)
     )
     assert not torch.allclose(a, b, rtol=0.1)
@@ -149,7 +149,7 @@ def test_channels_have_the_importance_that_is_known(tensors, synthetic, rng):
 def test_fused_matrices_are_their_parts(tensors, synthetic):
     apart = synthetic()
     expected = {
-        name: apart.of(name).inputs
+        name: apart.moments(name).inputs
         for name in ("blk.0.attn_output.weight", "blk.0.ffn_down.weight", "blk.1.ffn_up.weight")
     }
     for i in (0, 1):
@@ -160,22 +160,22 @@ def test_fused_matrices_are_their_parts(tensors, synthetic):
         )
     fused = synthetic()
     for name, inputs in expected.items():
-        torch.testing.assert_close(fused.of(name).inputs, inputs, rtol=1e-4, atol=1e-3)
-    assert fused.of("blk.1.attn_qkv.weight") is not None
+        torch.testing.assert_close(fused.moments(name).inputs, inputs, rtol=1e-4, atol=1e-3)
+    assert fused.moments("blk.1.attn_qkv.weight") is not None
 
 
 def test_without_a_second_norm_both_halves_of_a_block_get_the_same(tensors, synthetic):
     one_after_the_other = synthetic()
     assert not torch.allclose(
-        one_after_the_other.of("blk.0.attn_q.weight").inputs,
-        one_after_the_other.of("blk.0.ffn_up.weight").inputs,
+        one_after_the_other.moments("blk.0.attn_q.weight").inputs,
+        one_after_the_other.moments("blk.0.ffn_up.weight").inputs,
         rtol=0.1,
     )
     for i in (0, 1):
         del tensors[f"blk.{i}.ffn_norm.weight"]
     side_by_side = synthetic()
     for i in (0, 1):
-        q, up = (side_by_side.of(f"blk.{i}.{stem}.weight").inputs for stem in ("attn_q", "ffn_up"))
+        q, up = (side_by_side.moments(f"blk.{i}.{stem}.weight").inputs for stem in ("attn_q", "ffn_up"))
         torch.testing.assert_close(q, up)
 
 
@@ -184,17 +184,17 @@ def test_norms_behind_the_halves_of_a_block(tensors, synthetic, rng):
     for i in (0, 1):
         for stem in ("post_attention_norm", "post_ffw_norm"):
             tensors[f"blk.{i}.{stem}.weight"] = rng.normal(size=D).astype(np.float32)
-    small = synthetic().of("blk.1.attn_q.weight").inputs
+    small = synthetic().moments("blk.1.attn_q.weight").inputs
     for stem in ("attn_output", "ffn_down"):
         tensors[f"blk.0.{stem}.weight"] *= 100
-    torch.testing.assert_close(synthetic().of("blk.1.attn_q.weight").inputs, small, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(synthetic().moments("blk.1.attn_q.weight").inputs, small, rtol=1e-3, atol=1e-3)
 
 
 def test_a_post_attention_norm_alone_is_that_of_the_feed_forward_network(tensors, synthetic):
-    expected = synthetic().of("blk.0.ffn_up.weight").inputs
+    expected = synthetic().moments("blk.0.ffn_up.weight").inputs
     for i in (0, 1):
         tensors[f"blk.{i}.post_attention_norm.weight"] = tensors.pop(f"blk.{i}.ffn_norm.weight")
-    torch.testing.assert_close(synthetic().of("blk.0.ffn_up.weight").inputs, expected)
+    torch.testing.assert_close(synthetic().moments("blk.0.ffn_up.weight").inputs, expected)
 
 
 def test_layer_norm_and_biases(tensors, synthetic, rng):
@@ -204,9 +204,9 @@ def test_layer_norm_and_biases(tensors, synthetic, rng):
     expected = torch.nn.functional.layer_norm(
         x, (D,), weight(tensors, "blk.0.attn_norm.weight"), torch.from_numpy(bias), 1e-5
     )
-    torch.testing.assert_close(synthetic().of("blk.0.attn_q.weight").inputs, moments_of(expected))
+    torch.testing.assert_close(synthetic().moments("blk.0.attn_q.weight").inputs, moments_of(expected))
     tensors["blk.0.attn_v.bias"] = np.full(2 * HEAD, 1000, np.float32)
-    h = synthetic().of("blk.0.attn_output.weight").inputs
+    h = synthetic().moments("blk.0.attn_output.weight").inputs
     assert (h.diagonal() > 0.9e6).all()
 
 
@@ -214,7 +214,7 @@ def test_scales_of_architectures(tensors, synthetic):
     """What the embeddings and the blocks' outputs are multiplied with decides which of them the second block sees."""
 
     def second(**given):
-        return synthetic(**given).of("blk.1.attn_q.weight").inputs
+        return synthetic(**given).moments("blk.1.attn_q.weight").inputs
 
     embeddings = moments_of(rms(drawn_embeddings(tensors)) * weight(tensors, "blk.1.attn_norm.weight"))
     apart = {name: (h - embeddings).norm() / embeddings.norm() for name, h in {
@@ -238,13 +238,13 @@ def test_nothing_is_said_of_what_is_unknown(tensors, synthetic, rng):
         "blk.0.ssm_in.weight",
         "blk.0.attn_norm.weight",
     ):
-        assert found.of(name) is None
-    assert found.of("blk.1.attn_output.weight") is None
-    assert found.of("blk.1.ffn_up.weight") is not None
-    assert found.of("output.weight").inputs.shape == (D, D)
+        assert found.moments(name) is None
+    assert found.moments("blk.1.attn_output.weight") is None
+    assert found.moments("blk.1.ffn_up.weight") is not None
+    assert found.moments("output.weight").inputs.shape == (D, D)
     assert list(found.inputs) == ["output.weight"]  # memory is that of one block
     with pytest.raises(ValueError, match="block 0 has gone by"):
-        found.of("blk.0.attn_q.weight")
+        found.moments("blk.0.attn_q.weight")
 
 
 def test_matrices_of_other_widths_are_left_alone(tensors, synthetic, rng):
@@ -259,10 +259,10 @@ def test_matrices_of_other_widths_are_left_alone(tensors, synthetic, rng):
         tensors[f"{stem}.weight"] = rng.normal(size=shape).astype(np.float32)
     found = synthetic()
     for stem in ("attn_q", "attn_output", "ffn_down", "ffn_up"):
-        assert found.of(f"blk.0.{stem}.weight") is None, stem
+        assert found.moments(f"blk.0.{stem}.weight") is None, stem
     x = rms(drawn_embeddings(tensors)) * weight(tensors, "blk.1.attn_norm.weight")
-    torch.testing.assert_close(found.of("blk.1.attn_q.weight").inputs, moments_of(x))
-    assert found.of("blk.1.attn_output.weight") is None
+    torch.testing.assert_close(found.moments("blk.1.attn_q.weight").inputs, moments_of(x))
+    assert found.moments("blk.1.attn_output.weight") is None
 
 
 def test_every_block_may_have_its_own_number_of_groups(tensors, tmp_path, monkeypatch):
@@ -277,7 +277,7 @@ def test_every_block_may_have_its_own_number_of_groups(tensors, tmp_path, monkey
     )
     found = SyntheticMoments(file, Imatrix({}))
     for block, order in ((0, [0, 0, 1, 1]), (1, [0, 1, 0, 1])):
-        h = found.of(f"blk.{block}.attn_output.weight").inputs.diagonal().view(4, HEAD)
+        h = found.moments(f"blk.{block}.attn_output.weight").inputs.diagonal().view(4, HEAD)
         assert not torch.allclose(h[order.index(0)], h[order.index(1)], rtol=0.01)
         for head, value in enumerate(order):
             torch.testing.assert_close(h[head], h[order.index(value)], rtol=1e-3, atol=1e-3)
@@ -286,7 +286,7 @@ def test_every_block_may_have_its_own_number_of_groups(tensors, tmp_path, monkey
 def test_the_seed_decides(tensors, tmp_path):
     file = gguf_io.read(write_source(tmp_path / "model.gguf", tensors, settings=SETTINGS))
     first, same, other = (
-        SyntheticMoments(file, Imatrix({}), seed=seed).of("blk.1.ffn_down.weight").inputs for seed in (1, 1, 2)
+        SyntheticMoments(file, Imatrix({}), seed=seed).moments("blk.1.ffn_down.weight").inputs for seed in (1, 1, 2)
     )
     torch.testing.assert_close(first, same, rtol=0, atol=0)
     assert not torch.equal(first, other)
@@ -309,7 +309,7 @@ def test_encoder_asks_for_what_is_not_measured(tensors, tmp_path):
         lambda name: None,
     )
     data, record = encode(next(p.info for p in plans if p.name == name))
-    hessian = SyntheticMoments(file, Imatrix({})).of(name).inputs
+    hessian = SyntheticMoments(file, Imatrix({})).moments(name).inputs
     expected = quantize(load_weight(file, name, "cpu"), T["AAAC4_G16"], None, hessian)
     np.testing.assert_array_equal(data, expected.data)
     assert record.damping > 0
@@ -333,11 +333,11 @@ def test_worth_on_the_bundled_model(demo_full, tmp_path):
         for parameter in [name for name in sums if f"layers.{i}." in name]:
             (name,) = checkpoint.gguf_names(parameter, demo_full.architecture, 99, demo_full.tensors)
             w = load_weight(demo_full, name, "cpu")
-            assert Rows.find(parameters[parameter], w)
+            assert RowMap.find(parameters[parameter], w)
             errors = []
             for given in (
                 {"importance": torch.from_numpy(imatrix.entries[name].importance())},
-                {"hessian": synthetic.of(name).inputs},
+                {"hessian": synthetic.moments(name).inputs},
             ):
                 made = quantize(w, T["AAAC4_G16"], **given)
                 errors.append(

@@ -26,23 +26,23 @@ class OneBlock:
             hessian = x.T @ x / 1000
             self.seen[name] = Moments(hessian, None, 0.3 * hessian.roll(1, 0), 10**6)
 
-    def awaits(self, name):
+    def pending(self, name):
         return name in self.seen and self.position == 0
 
     def tensors(self, number):
         return list(self.seen)
 
-    def stages(self):
+    def layers(self):
         for name, seen in self.seen.items():
-            self.events.append(("stage", name, None))
+            self.events.append(("layer", name, None))
             yield {name: seen}
-        self.finish()
+        self.advance()
 
-    def put(self, name, weight):
-        self.events.append(("put", name, weight))
+    def replace(self, name, weight):
+        self.events.append(("replace", name, weight))
 
-    def finish(self):
-        self.events.append(("finish", "", None))
+    def advance(self):
+        self.events.append(("advance", "", None))
         self.position = 1
 
 
@@ -63,13 +63,13 @@ def test_a_block_is_quantized_in_the_order_of_its_products(file):
     encode, plans = encoder(file, moments, lambda name: None)
     made = {p.name: encode(p.info) for p in plans}
     assert [event[:2] for event in moments.events] == [
-        ("stage", Q),
-        ("put", Q),
-        ("stage", DOWN),
-        ("put", DOWN),
-        ("finish", ""),
+        ("layer", Q),
+        ("replace", Q),
+        ("layer", DOWN),
+        ("replace", DOWN),
+        ("advance", ""),
     ]
-    for name, weight in [(name, weight) for kind, name, weight in moments.events if kind == "put"]:
+    for name, weight in [(name, weight) for kind, name, weight in moments.events if kind == "replace"]:
         seen, full = moments.seen[name], load_weight(file, name, "cpu")
         expected = quantize(seen.target(full), T["AAAC4_G16"], None, seen.inputs)
         data, record = made[name]
@@ -87,11 +87,11 @@ def test_what_is_written_is_put_in_place_and_not_made_again(file, finished):
     made = {p.name: encode(p.info) for p in plans}
     moments = OneBlock()
     encode, plans = encoder(file, moments, lambda name: made[name] if name in finished else None)
-    assert moments.awaits(DOWN)
+    assert moments.pending(DOWN)
     encode._quantize_block(moments)
-    assert [name for kind, name, _ in moments.events if kind == "put"] == [Q, DOWN]
+    assert [name for kind, name, _ in moments.events if kind == "replace"] == [Q, DOWN]
     assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(
-        [e for e in first.events if e[0] == "put"], [e for e in moments.events if e[0] == "put"], strict=True))  # fmt: skip
+        [e for e in first.events if e[0] == "replace"], [e for e in moments.events if e[0] == "replace"], strict=True))  # fmt: skip
     assert sorted(encode.ready) == sorted({Q, DOWN} - set(finished))
-    assert any(kind == "stage" for kind, _, _ in moments.events) == (len(finished) == 1)
-    assert moments.events[-1][0] == "finish"
+    assert any(kind == "layer" for kind, _, _ in moments.events) == (len(finished) == 1)
+    assert moments.events[-1][0] == "advance"

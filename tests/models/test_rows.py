@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aaac_gguf.models.rows import Rows
+from aaac_gguf.models.rows import RowMap
 
 
 def test_rows_are_found_permuted_and_cut():
@@ -11,10 +11,10 @@ def test_rows_are_found_permuted_and_cut():
     parameter[3] = parameter[7]  # equal rows are each taken once
     outputs = torch.arange(144.0).view(12, 12)
     order = torch.tensor([3, 1, 0, 7, 9, 11])
-    rows = Rows.find(parameter, parameter[order])
+    rows = RowMap.find(parameter, parameter[order])
     assert torch.equal(rows.of_outputs(outputs), outputs[order][:, order])
-    assert torch.equal(Rows.find(parameter, parameter).of_outputs(outputs), outputs)
-    assert Rows.find(parameter, parameter + 1) is None
+    assert torch.equal(RowMap.find(parameter, parameter).of_outputs(outputs), outputs)
+    assert RowMap.find(parameter, parameter + 1) is None
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 4), (3, 6, 4)])
@@ -24,9 +24,9 @@ def test_rows_are_put_back_where_they_were_found(shape, transposed):
     stored = torch.randn(shape)
     parameter = torch.nn.Parameter(stored.transpose(-2, -1).contiguous() if transposed else stored.clone())
     tensor = stored[..., 1::2, :]
-    rows = Rows.find(parameter, tensor)
+    rows = RowMap.find(parameter, tensor)
     assert rows.transposed == transposed
-    rows.put(parameter, 2 * tensor)
+    rows.replace(parameter, 2 * tensor)
     after = parameter.data.transpose(-2, -1) if transposed else parameter.data
     assert torch.equal(after[..., 1::2, :], 2 * tensor)
     assert torch.equal(after[..., ::2, :], stored[..., ::2, :])
