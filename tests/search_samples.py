@@ -24,11 +24,25 @@ METHODS = pytest.mark.parametrize("method", ["aaac", "paper"])
 CPU_BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=NEEDS_C)])
 
 
-def search_for(type: T, weight: torch.Tensor, backend: str) -> TorchSearch:
-    """Return the search over the values that a type on a grid has for `weight`, on the weight's device."""
+def search_for(type: T, weight: torch.Tensor, backend: str, importance: torch.Tensor | None = None) -> TorchSearch:
+    """Return the search over the values that one of GRID_TYPES has for `weight`, on the weight's device."""
     quantizer = TENSOR_TYPES[type].quantizer
-    grid = quantizer.grid(quantize(weight.cpu(), type).codec, 1.0, weight.device)
+    grid = quantizer.grid(quantize(weight.cpu(), type, importance).codec, 1.0, weight.device)
     return BACKENDS[backend](grid, quantizer.group_size)
+
+
+def heavy_tailed(n_rows: int = 64, n_per_row: int = 256) -> torch.Tensor:
+    """Return weights by Student's t."""
+    rng = np.random.default_rng(0)
+    return torch.from_numpy((rng.standard_t(5, (n_rows, n_per_row)) * 0.05).astype(np.float32))
+
+
+def uneven_rows(n_rows: int, n_per_row: int, seed: int = 0) -> torch.Tensor:
+    """Return weights by Student's t, with rows of unlike size."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(
+        (rng.standard_t(4, (n_rows, n_per_row)) * 0.02 * rng.uniform(0.3, 3, (n_rows, 1))).astype(np.float32)
+    )
 
 
 def samples(n_rows: int, k: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ _MANTISSA_SAMPLE = 1 << 17  # weights
 _PAPER_OUTER = 3
 _PAPER_INNER = 10
 _PAPER_MANTISSA_BITS = 3  # the paper's scales are E4M3
-_QUANTILE_SAMPLE = 1 << 20  # weights
+QUANTILE_SAMPLE = 1 << 20  # weights
 
 
 def round_levels(levels: Tensor) -> np.ndarray:
@@ -48,7 +48,7 @@ def scale_base(largest: float, mantissa_bits: int, layout: AaacType) -> float:
     return float(np.float32(largest / top)) if largest > 0 else 1.0
 
 
-def fit(w: Tensor, a: Tensor, layout: AaacType, largest: float, backend: Backend = TorchSearch) -> Codec:
+def fit(w: Tensor, a: Tensor, layout: AaacType, largest: float, backend: Backend) -> Codec:
     """Fit a codec by Lloyd's algorithm. Every iteration searches scales, selectors and indices again.
 
     w, a: float32 [G, group_size], a sample of the tensor's groups and their error weights.
@@ -96,7 +96,7 @@ def fit_paper(w: Tensor, a: Tensor, layout: AaacType, largest: float, generator:
     a = a.reshape(x.shape)
 
     # T1 = quantiles over the full range, T2 = quantiles shifted by half a step.
-    sample = torch.randint(x.numel(), (min(x.numel(), _QUANTILE_SAMPLE),), generator=generator).to(w.device)
+    sample = torch.randint(x.numel(), (min(x.numel(), QUANTILE_SAMPLE),), generator=generator).to(w.device)
     values = x.reshape(-1)[sample]
     steps = torch.arange(N_LEVELS, device=w.device) / (N_LEVELS - 1)
     half = 1 / (2 * (N_LEVELS - 1))

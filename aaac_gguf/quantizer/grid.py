@@ -27,12 +27,12 @@ CELLS = 256 * CELLS_PER_UNIT
 
 # Weights per chunk: enough that starting threads or kernels costs nothing, and few enough that the temporary arrays
 # are small.
-_CHUNK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 22}
+CHUNK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 
 def row_chunks(rows: Tensor) -> list[slice]:
     """Return slices of the first dimension of `rows` [N, K] that bound the memory of a search over each."""
-    step = max(1, _CHUNK_WEIGHTS.get(rows.device.type, 1 << 20) // rows.shape[-1])
+    step = max(1, CHUNK_WEIGHTS.get(rows.device.type, 1 << 20) // rows.shape[-1])
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 

@@ -226,9 +226,10 @@ TENSOR_TYPES: dict[T, TensorType] = {
 
 
 def round_to_nearest(weight: Tensor, type: T) -> NDArray[Any]:
-    """Return the data of `weight` [..., K] as a type that every llama.cpp reads, each weight rounded for itself.
+    """Return the data of `weight` [..., K] as a type of llama.cpp, each weight rounded for itself.
 
-    The dtype is the type's own for F32 and F16, and uint8 [..., row bytes] for the others.
+    The dtype is the type's own for F32 and F16, and uint8 [..., row bytes] for the others. Raises NotImplementedError
+    for IQ4_NL and AAAC types, which are searched in every case.
     """
     if type in KQUANTS:  # the gguf library has no encoder for these
         return KQUANTS[type].round_to_nearest(weight)

@@ -4,29 +4,29 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as T
+from search_samples import K_TYPES
 
 from aaac_gguf.quantizer.feedback import feedback_on_steps
-from aaac_gguf.quantizer.kquants import KQUANTS, quantize_rounded
+from aaac_gguf.quantizer.kquants import KQUANTS
 from aaac_gguf.quantizer.moments import factor, output_error
 from aaac_gguf.quantizer.quantize import quantize
-
-Q5_K, Q6_K = gguf.GGMLQuantizationType.Q5_K, gguf.GGMLQuantizationType.Q6_K
-BOTH = pytest.mark.parametrize("ggml_type", [Q5_K, Q6_K], ids=["Q5_K", "Q6_K"])
+from aaac_gguf.quantizer.search import TorchSearch
 
 
-def decoded(ggml_type, weight: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(gguf.dequantize(quantize_rounded(KQUANTS[ggml_type], weight), ggml_type))
+def decoded(type, weight: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(gguf.dequantize(KQUANTS[type].round_to_nearest(weight), type))
 
 
-def relative_error(ggml_type, weight: torch.Tensor) -> float:
-    return float((decoded(ggml_type, weight) - weight).square().sum() / weight.square().sum())
+def relative_error(type, weight: torch.Tensor) -> float:
+    return float((decoded(type, weight) - weight).square().sum() / weight.square().sum())
 
 
-@pytest.mark.parametrize(("ggml_type", "limit"), [(Q5_K, 1.4e-3), (Q6_K, 3.5e-4)], ids=["Q5_K", "Q6_K"])
-def test_decodes_close_to_the_weights(ggml_type, limit):
+@pytest.mark.parametrize(("type", "limit"), [(T.Q5_K, 1.4e-3), (T.Q6_K, 3.5e-4)], ids=["Q5_K", "Q6_K"])
+def test_decodes_close_to_the_weights(type, limit):
     normal = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))  # 8e-3 for Q6_K with one level less
     for weight in (normal, 1e-3 * normal, normal.abs() + 0.5, torch.full((1, 256), 0.3)):
-        assert relative_error(ggml_type, weight) < limit
+        assert relative_error(type, weight) < limit
 
 
 def test_q6_k_is_exact_on_its_own_grid():
@@ -34,7 +34,7 @@ def test_q6_k_is_exact_on_its_own_grid():
     q[..., 0] = -32  # every group reaches its end
     codes = torch.full((4, 16, 1), -128.0)
     weight = (2.0**-12 * codes * q).reshape(4, 256)
-    assert torch.equal(decoded(Q6_K, weight), weight)
+    assert torch.equal(decoded(T.Q6_K, weight), weight)
 
 
 def test_q5_k_is_exact_on_its_own_grid():
@@ -43,25 +43,25 @@ def test_q5_k_is_exact_on_its_own_grid():
     weight = (2.0**-12 * (q * torch.arange(56, 64)[:, None] - 2 * torch.arange(60, 64).repeat(2)[:, None])).reshape(
         4, 256
     )
-    assert relative_error(Q5_K, weight) < 1e-5  # the offsets are found among many; half of a quant would be 1e-3
+    assert relative_error(T.Q5_K, weight) < 1e-5  # the offsets are found among many; half of a quant would be 1e-3
 
 
-@BOTH
-def test_zeros_and_shapes(ggml_type):
-    assert not decoded(ggml_type, torch.zeros(2, 3, 256)).any()
-    blocks = quantize_rounded(KQUANTS[ggml_type], torch.ones(2, 3, 512))
-    assert blocks.shape == (2, 3, 2 * gguf.GGML_QUANT_SIZES[ggml_type][1])
+@K_TYPES
+def test_zeros_and_shapes(type):
+    assert not decoded(type, torch.zeros(2, 3, 256)).any()
+    blocks = KQUANTS[type].round_to_nearest(torch.ones(2, 3, 512))
+    assert blocks.shape == (2, 3, 2 * gguf.GGML_QUANT_SIZES[type][1])
 
 
-@BOTH
-def test_steps_say_what_is_decoded(ggml_type):
+@K_TYPES
+def test_steps_say_what_is_decoded(type):
     weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(2))
-    steps = KQUANTS[ggml_type].steps(weight, weight.square())
-    assert torch.equal(steps.weights(steps.quants(weight)), decoded(ggml_type, weight))
+    steps = KQUANTS[type].steps(weight, weight.square())
+    assert torch.equal(steps.weights(steps.quants(weight)), decoded(type, weight))
 
 
-@BOTH
-def test_feedback_lowers_the_output_error(ggml_type):
+@K_TYPES
+def test_feedback_lowers_the_output_error(type):
     rng = np.random.default_rng(4)
     weight = torch.from_numpy(rng.standard_normal((40, 512))).float()
     x, g = (
@@ -71,20 +71,22 @@ def test_feedback_lowers_the_output_error(ggml_type):
     h, o = x.T @ x / 2000, g.T @ g / 2000
 
     def error(**moments) -> float:
-        q = quantize(weight, ggml_type, **moments)
-        difference = torch.from_numpy(gguf.dequantize(q.data, ggml_type)) - weight
+        q = quantize(weight, type, **moments)
+        difference = torch.from_numpy(gguf.dequantize(q.data, type)) - weight
         if "outputs" in moments:
             assert q.weighted_error == pytest.approx(
                 output_error(difference, h, o) / output_error(weight, h, o), rel=1e-3
             )
         return output_error(difference, h, o)
 
-    rounded, columns, rows_too = error(importance=h.diagonal()), error(hessian=h), error(hessian=h, outputs=o)
+    rounded, columns, between_rows = error(importance=h.diagonal()), error(hessian=h), error(hessian=h, outputs=o)
     assert columns < 0.7 * rounded
-    assert rows_too < columns
+    assert between_rows < columns
 
 
 def test_without_correlation_feedback_is_rounding():
     weight = torch.randn(40, 512, generator=torch.Generator().manual_seed(2))
-    steps = KQUANTS[Q6_K].steps(weight, torch.ones_like(weight))
-    assert torch.equal(feedback_on_steps(weight, factor(torch.eye(512)), steps, torch.eye(40)), steps.quants(weight))
+    steps = KQUANTS[T.Q6_K].steps(weight, torch.ones_like(weight))
+    assert torch.equal(
+        feedback_on_steps(weight, factor(torch.eye(512)), steps, TorchSearch, torch.eye(40)), steps.quants(weight)
+    )

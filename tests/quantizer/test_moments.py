@@ -2,9 +2,66 @@
 
 from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
 
-from aaac_gguf.quantizer.moments import Moments
+from aaac_gguf.quantizer.moments import Moments, factor, inverse_root, output_error
+
+K = 256
+
+
+def hessian() -> torch.Tensor:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2048, K)) @ (np.eye(K) + 0.15 * rng.standard_normal((K, K))) * rng.lognormal(0, 0.7, K)
+    return torch.from_numpy(x.T @ x / 2048).float()
+
+
+def test_factor_inverts_the_damped_hessian():
+    h = hessian()
+    factored = factor(h, 0.01)
+    u = factored.u
+    assert factored.damping == 0.01
+    assert torch.equal(u, u.triu())
+    damped = h.double() / h.diagonal().mean() + 0.01 * torch.eye(K)
+    assert torch.allclose(factored.hessian.double(), damped)
+    assert torch.allclose(u.double().T @ u.double() @ damped, torch.eye(K, dtype=torch.float64), atol=1e-4)
+
+
+def test_a_dead_channel_has_no_neighbours():
+    h = hessian()
+    h[32:64] = 0
+    h[:, 32:64] = 0
+    u = factor(h, 0.01).u
+    assert torch.allclose(u.diagonal()[32:64], torch.tensor(1.01**-0.5))
+    assert (u[32:64, 64:] == 0).all()
+    assert (u[:32, 32:64] == 0).all()
+
+
+def test_a_hessian_that_is_not_definite_takes_more_damping_and_says_so():
+    h = torch.ones(K, K) - 0.05 * torch.eye(K)  # smallest eigenvalue -0.05, diagonal 0.95
+    factored = factor(h, 0.01)
+    assert factored.damping == pytest.approx(0.1)
+    assert torch.isfinite(factored.u).all()
+
+
+def test_inverse_roots_of_many_matrices():
+    h = torch.stack([hessian()[i : i + 16, i : i + 16] for i in (0, 64)]).double() + torch.eye(16)
+    u, failed = inverse_root(h)
+    assert not failed
+    assert torch.equal(u, u.triu())
+    assert torch.allclose(u.mT @ u @ h, torch.eye(16, dtype=torch.float64).expand(2, 16, 16), atol=1e-9)
+    assert inverse_root(-h)[1]
+
+
+def test_output_error_is_the_mean_square_of_the_outputs():
+    generator = torch.Generator().manual_seed(0)
+    x, difference = (torch.randn(n, K, generator=generator) for n in (1000, 24))
+    products = (x @ difference.T).double()
+    assert output_error(difference, x.T @ x / 1000) == pytest.approx(float(products.square().sum() / 1000), rel=1e-5)
+    g = torch.randn(100, 24, generator=generator)
+    expected = float((products @ g.T.double()).square().sum() / 1000 / 100)
+    assert output_error(difference, x.T @ x / 1000, g.T @ g / 100) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_target_meets_the_full_outputs_best():

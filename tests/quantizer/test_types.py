@@ -1,0 +1,72 @@
+"""The table of tensor types, and rounding to nearest."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as T
+from search_samples import K_TYPES, heavy_tailed
+
+from aaac_gguf.files.format import TYPES_BY_ID
+from aaac_gguf.files.gguf import tensor_bytes
+from aaac_gguf.quantizer.kquants import KQUANTS
+from aaac_gguf.quantizer.types import TENSOR_TYPES, round_to_nearest
+
+EVERY_TYPE = pytest.mark.parametrize("type", TENSOR_TYPES, ids=lambda t: t.name)
+
+
+@EVERY_TYPE
+def test_fallbacks_end_at_a_type_that_fits_every_row(type):
+    seen = [type]
+    while fallback := TENSOR_TYPES[seen[-1]].fallback:
+        assert fallback not in seen
+        seen.append(fallback)
+        assert GGML_QUANT_SIZES[fallback][0] < GGML_QUANT_SIZES[seen[-2]][0] or fallback == T.Q8_0
+    assert GGML_QUANT_SIZES[seen[-1]][0] == 1
+
+
+def test_mixed_precision_chooses_from_ascending_sizes():
+    ranked = {entry.candidate_rank: type for type, entry in TENSOR_TYPES.items() if entry.candidate_rank is not None}
+    sizes = [tensor_bytes((1, 256), ranked[rank]) for rank in range(len(ranked))]
+    assert sizes == sorted(set(sizes))
+    assert all(TENSOR_TYPES[type].quantizer for type in ranked.values())
+
+
+@EVERY_TYPE
+def test_the_file_type_names_the_type(type):
+    """llama.cpp's names of file types begin with the type; AAAC ids are the same in both lists."""
+    file_type = TENSOR_TYPES[type].file_type
+    if type in TYPES_BY_ID:
+        assert file_type == int(type)
+    else:
+        assert gguf.LlamaFileType(file_type).name.split("_", 1)[1].startswith(type.name)
+
+
+@pytest.mark.parametrize("type", [T.Q8_0, T.Q4_0, T.BF16, T.F16, T.F32], ids=lambda t: t.name)
+def test_rounding_to_nearest_is_that_of_the_gguf_library(type):
+    weight = heavy_tailed().reshape(2, 32, 256)
+    data = round_to_nearest(weight, type)
+    assert np.array_equal(data, gguf.quantize(weight.numpy(), type))
+    assert data.shape[:2] == (2, 32)
+
+
+@K_TYPES
+def test_k_quants_round_to_nearest_as_the_gguf_library_decodes(type):
+    weight = heavy_tailed().reshape(2, 32, 256)
+    difference = torch.from_numpy(gguf.dequantize(round_to_nearest(weight, type), type)) - weight
+    assert difference.square().sum() < 2e-3 * weight.square().sum()
+
+
+def test_types_without_rounding_to_nearest_are_searched_under_importance():
+    """Types that the gguf library cannot encode are searched under importance too."""
+    for type, entry in TENSOR_TYPES.items():
+        if type in KQUANTS:
+            assert not entry.by_importance
+            continue
+        try:
+            round_to_nearest(torch.ones(1, 256), type)
+        except NotImplementedError:
+            assert entry.by_importance, type.name
+        else:
+            assert not entry.by_importance, type.name
