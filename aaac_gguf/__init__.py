@@ -1,3 +1,204 @@
-"""Hugging Face checkpoints to 4-bit GGUF with two learned codebooks per matrix (AAAC, arXiv 2605.08692)."""
+"""Hugging Face checkpoints to 4-bit GGUF with two learned codebooks per matrix (AAAC, arXiv 2605.08692).
+
+The functions here are what the command line calls. Importing the package loads neither torch nor transformers: each
+function imports what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from . import inference as inference
+    from .conversion.convert import DryRun, Report
+    from .conversion.settings import Settings
+    from .files.gguf import GgufFile
+    from .quantizer.quantize import QuantizedTensor
+    from .reporting.compare import Comparison
+    from .reporting.verify import Verification
 
 __version__ = "0.1.0"
+__all__ = ["compare", "inference", "load", "plan", "quantize", "quantize_tensor", "verify"]
+
+
+def quantize(
+    source: str | Path,
+    output: str | Path,
+    *,
+    type: str = "AAAC4_G16",
+    calibration: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    embedding_type: str = "Q6_K",
+    tensor_types: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    bpw: float | None = None,
+    size: int | None = None,
+    method: Literal["aaac", "paper"] = "aaac",
+    feedback: bool = True,
+    sequences: int = 64,
+    sequence_length: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
+    split_max_size: int | None = None,
+    resume: bool = False,
+) -> Report:
+    """Quantize a model to a GGUF file, as `aaac-gguf convert` does.
+
+    source: a Hugging Face model folder, a full-precision GGUF file, or a model on the Hugging Face Hub ("owner/name").
+    calibration: a text file, "self" for tokens that the model samples from itself, or "none". The default is "self" for
+    a folder and "none" for a GGUF. imatrix: an importance file of llama.cpp instead. `tensor_types` maps regular
+    expressions to types. The other settings: see `conversion.settings.Settings`.
+
+    Returns what was made: files, errors by tensor, what calibration did not reach. Raises AaacError, a ValueError, for
+    bad input.
+    """
+    from .conversion.convert import convert
+
+    settings = _settings(
+        type=type,
+        embedding_type=embedding_type,
+        tensor_types=tensor_types,
+        calibration=calibration,
+        imatrix=imatrix,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        method=method,
+        feedback=feedback,
+        seed=seed,
+        device=device,
+        bpw=bpw,
+        size=size,
+        split_max_size=split_max_size,
+    )
+    return convert(_located(source), Path(output), settings, resume)
+
+
+def plan(source: str | Path, output: str | Path, **settings: Any) -> DryRun:
+    """Plan what `quantize` would write with the same settings: each tensor's type and rounding, and the exact bytes."""
+    from .conversion.convert import dry_run
+
+    return dry_run(_located(source), Path(output), _settings(**settings))
+
+
+def load(path: str | Path) -> GgufFile:
+    """Open a GGUF file, or a split one by any of its files.
+
+    `file["blk.0.attn_q.weight"]` is a tensor's decoded weights, float32 in numpy order. Raises AaacError for whatever
+    is not a whole, valid file.
+    """
+    from .files.gguf import read
+
+    return read(path)
+
+
+def quantize_tensor(
+    weight: np.ndarray | torch.Tensor,
+    type: str = "AAAC4_G16",
+    *,
+    importance: np.ndarray | torch.Tensor | None = None,
+    hessian: np.ndarray | torch.Tensor | None = None,
+    outputs: np.ndarray | torch.Tensor | None = None,
+    method: Literal["aaac", "paper"] = "aaac",
+    seed: int = 0,
+) -> QuantizedTensor:
+    """Quantize one weight matrix float [N, K], or [E, N, K] with E experts.
+
+    importance: mean of x^2 per input channel, [K] or [E, K]. hessian: mean of x x^T, [K, K] or [E, K, K], instead: then
+    there is error feedback. outputs: mean of g g^T of the gradient at the outputs, [N, N], for feedback between rows.
+    Raises AaacError for rows that are not whole blocks of the type, and for weights that are not finite.
+    """
+    import torch
+
+    from .conversion.settings import parse_type
+    from .errors import AaacError
+    from .quantizer.quantize import quantize as quantize_weight
+
+    def tensor(values: np.ndarray | torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else torch.as_tensor(values, dtype=torch.float32)
+
+    matrix = torch.as_tensor(weight, dtype=torch.float32)
+    if not torch.isfinite(matrix).all():
+        raise AaacError("weight holds NaN or Inf")
+    moments = tensor(hessian), tensor(outputs)
+    return quantize_weight(matrix, parse_type(type, "type"), tensor(importance), *moments, method=method, seed=seed)
+
+
+def compare(
+    source: str | Path,
+    output: str | Path,
+    *,
+    types: Sequence[str] | None = None,
+    texts: Sequence[str | Path] = (),
+    calibration: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    embedding_type: str = "Q6_K",
+    device: str = "cpu",
+    n_ctx: int = 512,
+    n_chunks: int = 64,
+) -> Comparison:
+    """Quantize a model to several types and measure each against the full model, as `aaac-gguf compare` does.
+
+    types: AAAC types, llama-quantize's recipes, and finished .gguf files. texts: what to measure on; by default one
+    that the model writes. Writes comparison.json and comparison.html into the folder `output`. Raises AaacError for bad
+    input.
+    """
+    from .reporting import compare as comparing
+
+    settings = _settings(calibration=calibration, imatrix=imatrix, embedding_type=embedding_type, device=device)
+    options = comparing.Options(
+        types or comparing.DEFAULT_TYPES, [Path(text) for text in texts], settings, n_ctx, n_chunks
+    )
+    return comparing.compare(_located(source), Path(output), options)
+
+
+def verify(
+    file: str | Path,
+    source: str | Path | None = None,
+    *,
+    text: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    gpu: bool = False,
+) -> Verification:
+    """Check a file's structure, and with its `source` also every tensor and llama.cpp's logits on a text.
+
+    gpu: decode every tensor on the GPU as well and compare it to the bit. An empty `.failures` is a pass. Raises
+    AaacError for a file that cannot be read at all.
+    """
+    from .reporting.verify import verify as verify_file
+
+    found = source if source is None else _located(source)
+    return verify_file(Path(file), found, Path(text) if text else None, Path(imatrix) if imatrix else None, gpu)
+
+
+def _located(source: str | Path) -> Path:
+    from .models.source import locate
+
+    return locate(str(source))
+
+
+def _settings(
+    *,
+    tensor_types: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    calibration: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    **others: Any,
+) -> Settings:
+    from .conversion.settings import Settings
+
+    return Settings(
+        tensor_types=tuple(tensor_types.items() if isinstance(tensor_types, Mapping) else tensor_types),
+        calibration=None if calibration is None else str(calibration),
+        imatrix=None if imatrix is None else Path(imatrix),
+        **others,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "inference":  # imported at first use
+        return importlib.import_module(".inference", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

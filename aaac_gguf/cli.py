@@ -1,18 +1,33 @@
-"""The command line: argparse only, every verb is a few lines into a module."""
+"""The command line: each verb is its flags and a few lines that call the library."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from . import __version__, resources
+from . import __version__, compare, load, plan, quantize, verify
 from .errors import AaacError
-from .llama import tools
+
+# The flag of each setting that the library's errors name in backquotes.
+FLAGS = {
+    "calibration": "--calib",
+    "sequences": "--calib-sequences",
+    "sequence_length": "--calib-length",
+    "tensor_types": "--tensor-type",
+    "feedback": "--no-feedback",
+    "checkout": "--source",
+    "texts": "--text",
+    "output": "-o",
+}
+_OTHERS = "imatrix type embedding_type bpw size method seed device split_max_size resume text types backend arch plot"
+FLAGS |= {name: f"--{name.replace('_', '-')}" for name in _OTHERS.split()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except AaacError as e:
-        print(f"aaac-gguf: error: {e}", file=sys.stderr)
+        print(f"aaac-gguf: error: {in_flags(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         number = e.args[0] if e.args else signal.SIGINT
@@ -38,194 +53,231 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def in_flags(message: str) -> str:
+    """Return a message of the library with flags in the place of settings."""
+    return re.sub(r"`(\w+)`", lambda setting: FLAGS.get(setting[1], setting[0]), message)
+
+
 def _interrupt(number: int, frame: object) -> None:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: nothing that looks whole stays, and `convert --resume` can go on."""
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: nothing that looks whole stays, and a resumed run can go on."""
     raise KeyboardInterrupt(number)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="aaac-gguf",
-        description="4-bit GGUF files with two learned codebooks per matrix, and the llama.cpp that runs them",
-    )
+    about = "4-bit GGUF files with two learned codebooks per matrix, and the llama.cpp that runs them"
+    parser = argparse.ArgumentParser(prog="aaac-gguf", description=about)
     parser.add_argument("--version", action="version", version=f"aaac-gguf {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
+    for add in (_add_convert, _add_verify, _add_dequantize, _add_inspect, _add_compare, _add_demo, _add_llama):
+        add(verbs)
+    return parser
 
+
+def _add_convert(verbs: Any) -> None:
     p = verbs.add_parser("convert", help="quantize a Hugging Face folder or a full-precision GGUF")
-    p.add_argument("source", metavar="SRC", help="Hugging Face model folder, full-precision GGUF file (any shard of a split one), "
-                   "or a model on the Hugging Face Hub: hf://OWNER/NAME, or OWNER/NAME where no such path exists")  # fmt: skip
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
-    p.add_argument("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128; "
-                   "Q4_0, IQ4_NL, Q5_K, Q6_K, Q8_0, which stock llama.cpp runs; BF16, F16, F32")  # fmt: skip
-    p.add_argument(
-        "--embedding-type",
-        default="Q6_K",
-        metavar="TYPE",
-        help="type of token_embd and output in a 4-bit file (default Q6_K)",
-    )
-    p.add_argument(
-        "--tensor-type",
-        action="append",
-        default=[],
-        metavar="REGEX=TYPE",
-        help="type of the tensors whose name matches; may repeat, the last match wins",
-    )
-    p.add_argument("--bpw", type=_bits, metavar="BITS", help="mixed precision: the types from AAAC4_G128 to Q8_0 that, measured matrix by matrix, "
-                   "keep the file within so many bits per weight")  # fmt: skip
-    p.add_argument("--size", type=_size, metavar="SIZE", help="the same by bytes of the output: 900M, 4.2GiB")
-    p.add_argument("--calib", metavar="TEXT", help="calibrate on a text file, on tokens sampled from the model (self), or not at all (none); "
-                   "default: self for a folder, none for a GGUF")  # fmt: skip
-    p.add_argument(
-        "--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file (GGUF or .dat)"
-    )
-    p.add_argument(
+    flag = p.add_argument
+    flag("source", metavar="SRC", help="Hugging Face model folder, full-precision GGUF file (any shard of a split one), "
+         "or a model on the Hugging Face Hub: hf://OWNER/NAME, or OWNER/NAME if there is no such path")  # fmt: skip
+    flag("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
+    flag("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128; "
+         "Q4_0, IQ4_NL, Q5_K, Q6_K, Q8_0, which stock llama.cpp runs; BF16, F16, F32")  # fmt: skip
+    flag("--embedding-type", default="Q6_K", metavar="TYPE",
+         help="type of token_embd and output in a 4-bit file (default Q6_K)")  # fmt: skip
+    flag("--tensor-type", action="append", default=[], metavar="REGEX=TYPE",
+         help="type of the tensors whose name matches; may repeat, the last match wins")  # fmt: skip
+    flag("--bpw", type=_bits, metavar="BITS", help="mixed precision: the types from AAAC4_G128 to Q8_0 that, measured "
+         "matrix by matrix, keep the file within so many bits per weight")  # fmt: skip
+    flag("--size", type=_size, metavar="SIZE", help="the same by bytes of the output: 900M, 4.2GiB")
+    flag("--calib", metavar="TEXT", help="calibrate on a text file, on tokens sampled from the model (self), or not at "
+         "all (none); default: self for a folder, none for a GGUF")  # fmt: skip
+    flag("--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file (GGUF or .dat)")
+    flag(
         "--calib-sequences", type=_positive, default=64, metavar="N", help="calibration sequences at most (default 64)"
     )
-    p.add_argument(
-        "--calib-length", type=_positive, default=512, metavar="T", help="tokens per calibration sequence (default 512)"
-    )
-    p.add_argument(
-        "--method",
-        choices=("aaac", "paper"),
-        default="aaac",
-        help="aaac (default), or the paper's Algorithm 1 as published",
-    )
-    p.add_argument(
-        "--no-feedback",
-        action="store_true",
-        help="round by importance alone, without error feedback: faster, less exact",
-    )
-    p.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="for sampled tokens and for the groups that codebooks are fitted to (default 0)",
-    )
-    p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    p.add_argument(
-        "--split-max-size",
-        type=_split_size,
-        metavar="N(M|G)",
-        help="write files of at most so many bytes of tensor data: 500M, 2G",
-    )
-    p.add_argument("--resume", action="store_true", help="continue the same conversion after it was interrupted")
-    p.add_argument("--dry-run", action="store_true", help="print the plan and the exact size, write nothing")
+    flag("--calib-length", type=_positive, default=512, metavar="T",
+         help="tokens per calibration sequence (default 512)")  # fmt: skip
+    flag("--method", choices=("aaac", "paper"), default="aaac",
+         help="aaac (default), or the paper's Algorithm 1 as published")  # fmt: skip
+    flag("--no-feedback", action="store_true",
+         help="round by importance alone, without error feedback: faster, less exact")  # fmt: skip
+    flag("--seed", type=int, default=0,
+         help="for sampled tokens and for the groups that codebooks are fitted to (default 0)")  # fmt: skip
+    flag("--device", default="cpu", help="cpu (default) or cuda")
+    flag("--split-max-size", type=_split_size, metavar="N(M|G)",
+         help="write files of at most so many bytes of tensor data: 500M, 2G")  # fmt: skip
+    flag("--resume", action="store_true", help="continue the same conversion after it was interrupted")
+    flag("--dry-run", action="store_true", help="print the plan and the exact size, write nothing")
     p.set_defaults(run=_convert)
 
+
+def _convert(args: argparse.Namespace) -> None:
+    from .reporting import tables
+
+    settings = {
+        "type": args.type,
+        "embedding_type": args.embedding_type,
+        "tensor_types": [_override(text) for text in args.tensor_type],
+        "calibration": args.calib,
+        "imatrix": args.imatrix,
+        "sequences": args.calib_sequences,
+        "sequence_length": args.calib_length,
+        "method": args.method,
+        "feedback": not args.no_feedback,
+        "seed": args.seed,
+        "device": args.device,
+        "bpw": args.bpw,
+        "size": args.size,
+        "split_max_size": args.split_max_size,
+    }
+    if args.dry_run:
+        print(tables.plan_text(plan(args.source, args.output, **settings)))
+    else:
+        print(tables.convert_text(quantize(args.source, args.output, resume=args.resume, **settings)))
+
+
+def _add_verify(verbs: Any) -> None:
     p = verbs.add_parser(
         "verify", help="check a file's structure, its tensors against the source, and llama.cpp's logits"
     )
-    p.add_argument("file", type=Path, metavar="FILE.gguf")
-    p.add_argument(
-        "--source", metavar="SRC", help="what the file was made from; without it only the structure is checked"
-    )
-    p.add_argument(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        help="text to compare logits on (default: the sample that ships with aaac-gguf)",
-    )
-    p.add_argument(
-        "--imatrix",
-        type=Path,
-        metavar="FILE",
-        help="weight tensor errors by this importance, where the source is a GGUF",
-    )
-    p.add_argument(
-        "--gpu",
-        action="store_true",
-        help="decode every tensor on the GPU as well (needs CuPy) and compare it to the bit",
-    )
+    flag = p.add_argument
+    flag("file", type=Path, metavar="FILE.gguf")
+    flag("--source", metavar="SRC", help="what the file was made from; without it only the structure is checked")
+    flag("--text", type=Path, metavar="FILE",
+         help="text to compare logits on (default: the sample that ships with aaac-gguf)")  # fmt: skip
+    flag("--imatrix", type=Path, metavar="FILE",
+         help="weight tensor errors by this importance, if the source is a GGUF")  # fmt: skip
+    flag("--gpu", action="store_true",
+         help="decode every tensor on the GPU as well (needs CuPy) and compare it to the bit")  # fmt: skip
     p.set_defaults(run=_verify)
 
+
+def _verify(args: argparse.Namespace) -> int:
+    from .reporting import tables
+
+    result = verify(args.file, args.source, text=args.text, imatrix=args.imatrix, gpu=args.gpu)
+    print(tables.verification_text(result))
+    return 1 if result.failures else 0
+
+
+def _add_dequantize(verbs: Any) -> None:
     p = verbs.add_parser("dequantize", help="write the decoded weights as an ordinary GGUF that stock llama.cpp runs")
     p.add_argument("file", type=Path, metavar="FILE.gguf")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="FULL.gguf")
     p.add_argument("--type", default="F32", help="F32 (default, exact), F16 or BF16")
     p.set_defaults(run=_dequantize)
 
+
+def _dequantize(args: argparse.Namespace) -> None:
+    from .conversion.dequantize import dequantize_file
+
+    n_bytes = dequantize_file(args.file, args.output, args.type)
+    print(f"wrote {args.output}: {n_bytes:,} bytes")
+
+
+def _add_inspect(verbs: Any) -> None:
     p = verbs.add_parser("inspect", help="list tensors, types, bytes and codebooks")
     p.add_argument("file", type=Path, metavar="FILE.gguf")
     p.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the codebooks")
     p.set_defaults(run=_inspect)
 
-    p = verbs.add_parser(
-        "compare", help="quantize to several types, each at its best, and measure them against the full model"
-    )
-    p.add_argument(
-        "source",
-        metavar="SRC",
-        help="as in convert: a folder, a full-precision GGUF file, or a model on the Hugging Face Hub",
-    )
-    p.add_argument("--types", metavar="LIST", help="AAAC types, llama-quantize's recipes, finished .gguf files, separated by commas "
-                   "(default AAAC4_G16,Q4_0,IQ4_NL,Q4_K_M,Q5_K_M)")  # fmt: skip
-    p.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("aaac-compare"),
-        metavar="DIR",
-        help="where to write (default ./aaac-compare)",
-    )
-    p.add_argument(
-        "--text",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="text to measure on; may repeat (default: one that the model writes)",
-    )
-    p.add_argument("--calib", metavar="TEXT", help="as in convert, for all types")
-    p.add_argument("--imatrix", type=Path, metavar="FILE", help="as in convert, for all types")
-    p.add_argument(
-        "--embedding-type",
-        default="Q6_K",
-        metavar="TYPE",
-        help="type of token_embd and output in every file (default Q6_K)",
-    )
-    p.add_argument("--device", default="cpu", help="what calibration runs on: cpu (default) or cuda")
-    p.add_argument("--ctx", type=_positive, default=512, metavar="N", help="tokens per chunk of text (default 512)")
-    p.add_argument("--chunks", type=_positive, default=64, metavar="N", help="chunks of each text at most (default 64)")
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .reporting import tables
+
+    file = load(args.file)
+    print(tables.inspect_text(file))
+    if args.plot:
+        tables.plot_codebooks(file, args.plot)
+
+
+def _add_compare(verbs: Any) -> None:
+    about = "quantize to several types, each at its best, and measure them against the full model"
+    p = verbs.add_parser("compare", help=about)
+    flag = p.add_argument
+    flag("source", metavar="SRC",
+         help="as in convert: a folder, a full-precision GGUF file, or a model on the Hugging Face Hub")  # fmt: skip
+    flag("--types", metavar="LIST", help="AAAC types, llama-quantize's recipes, finished .gguf files, separated by "
+         "commas (default AAAC4_G16,Q4_0,IQ4_NL,Q4_K_M,Q5_K_M)")  # fmt: skip
+    flag("-o", "--output", type=Path, default=Path("aaac-compare"), metavar="DIR",
+         help="where to write (default ./aaac-compare)")  # fmt: skip
+    flag("--text", type=Path, action="append", default=[], metavar="FILE",
+         help="text to measure on; may repeat (default: one that the model writes)")  # fmt: skip
+    flag("--calib", metavar="TEXT", help="as in convert, for all types")
+    flag("--imatrix", type=Path, metavar="FILE", help="as in convert, for all types")
+    flag("--embedding-type", default="Q6_K", metavar="TYPE",
+         help="type of token_embd and output in every file (default Q6_K)")  # fmt: skip
+    flag("--device", default="cpu", help="what calibration runs on: cpu (default) or cuda")
+    flag("--ctx", type=_positive, default=512, metavar="N", help="tokens per chunk of text (default 512)")
+    flag("--chunks", type=_positive, default=64, metavar="N", help="chunks of each text at most (default 64)")
     p.set_defaults(run=_compare)
 
-    p = verbs.add_parser("demo", help="the whole way with the bundled model: quantize, compare, verify, run")
-    p.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("aaac-demo"),
-        metavar="DIR",
-        help="where to write (default ./aaac-demo)",
+
+def _compare(args: argparse.Namespace) -> None:
+    from .reporting import tables
+
+    result = compare(
+        args.source,
+        args.output,
+        types=args.types and args.types.split(","),
+        texts=args.text,
+        calibration=args.calib,
+        imatrix=args.imatrix,
+        embedding_type=args.embedding_type,
+        device=args.device,
+        n_ctx=args.ctx,
+        n_chunks=args.chunks,
     )
+    print(tables.comparison_text(result))
+    print(f"\nwrote {args.output / 'comparison.json'} and, with plots, {args.output / 'comparison.html'}")
+
+
+def _add_demo(verbs: Any) -> None:
+    p = verbs.add_parser("demo", help="the whole way with the bundled model: quantize, compare, verify, run")
+    p.add_argument("-o", "--output", type=Path, default=Path("aaac-demo"), metavar="DIR",
+                   help="where to write (default ./aaac-demo)")  # fmt: skip
     p.set_defaults(run=_demo)
 
+
+def _demo(args: argparse.Namespace) -> int:
+    from .reporting import demo
+
+    return demo.run(args.output)
+
+
+def _add_llama(verbs: Any) -> None:
     p = verbs.add_parser("llama", help="the patched llama.cpp: build it, run its tools")
     actions = p.add_subparsers(required=True, metavar="ACTION")
     p = actions.add_parser("build", help="fetch, patch and build; does nothing the second time")
-    p.add_argument(
-        "--backend", choices=("cpu", "cuda"), default="cpu", help="cpu (default), or cuda: needs the CUDA toolkit"
-    )
-    p.add_argument(
-        "--arch", metavar="LIST", help="CUDA architectures, for example 90 or '80;89' (default: this machine's)"
-    )
+    p.add_argument("--backend", choices=("cpu", "cuda"), default="cpu",
+                   help="cpu (default), or cuda: needs the CUDA toolkit")  # fmt: skip
+    p.add_argument("--arch", metavar="LIST",
+                   help="CUDA architectures, for example 90 or '80;89' (default: this machine's)")  # fmt: skip
     what = p.add_mutually_exclusive_group()
-    what.add_argument(
-        "--source",
-        type=Path,
-        metavar="DIR",
-        help="build a patched copy of your own llama.cpp checkout; DIR is left as it is",
-    )
-    what.add_argument(
-        "--python",
-        action="store_true",
-        help="build the wheel of llama-cpp-python instead of the tools, and print its path",
-    )
+    what.add_argument("--source", type=Path, metavar="DIR",
+                      help="build a patched copy of your own llama.cpp checkout; DIR is left as it is")  # fmt: skip
+    what.add_argument("--python", action="store_true",
+                      help="build the wheel of llama-cpp-python instead of the tools, and print its path")  # fmt: skip
     p.set_defaults(run=_llama_build)
     p = actions.add_parser("run", help="run a built tool", prefix_chars="\0")  # everything after TOOL is the tool's
     p.add_argument("tool", metavar="TOOL")
     p.add_argument("args", nargs=argparse.REMAINDER, metavar="...")
     p.set_defaults(run=_llama_run)
-    return parser
+
+
+def _llama_build(args: argparse.Namespace) -> None:
+    from .llama import build, patch
+
+    built = (
+        build.build_wheel(args.backend, args.arch) if args.python else build.build(args.backend, args.arch, args.source)
+    )
+    print(patch.summary(), file=sys.stderr)
+    print(built)
+
+
+def _llama_run(args: argparse.Namespace) -> int:
+    from .llama import tools
+
+    return subprocess.run([tools.tool(args.tool), *args.args]).returncode
 
 
 def _positive(text: str) -> int:
@@ -233,6 +285,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise AaacError(f"`tensor_types` {text}: expected REGEX=TYPE, for example 'ffn_down=Q8_0'")
+    return pattern, name
 
 
 def _split_size(text: str) -> int:
@@ -255,116 +314,3 @@ def _bits(text: str) -> float:
     if not 0 < value < 32:
         raise argparse.ArgumentTypeError(f"{text} is not a number of bits per weight")
     return value
-
-
-def _convert(args: argparse.Namespace) -> None:
-    from .conversion import convert, plan
-    from .models import source
-    from .reporting import tables as report
-
-    if args.calib and args.imatrix:
-        raise AaacError("--calib and --imatrix: give one of them")
-    if args.bpw and args.size:
-        raise AaacError("--bpw and --size: give one of them")
-    path = source.locate(args.source)
-    ggml_type = plan.parse_type(args.type, "--type")
-    # Nobody waits for a calibration who only asked for 8 or 16 bits.
-    calib = args.calib or ("none" if path.is_file() or ggml_type in (*plan.PLAIN_TYPES, plan.T.Q8_0) else "self")
-    settings = convert.Settings(
-        type=ggml_type,
-        overrides=[plan.parse_override(text) for text in args.tensor_type],
-        embedding=plan.parse_type(args.embedding_type, "--embedding-type"),
-        calibration=convert.Calibration(calib, args.imatrix, args.calib_sequences, args.calib_length, args.seed),
-        method=args.method,
-        feedback=not args.no_feedback,
-        device=args.device,
-        split_max_size=args.split_max_size,
-        bpw=args.bpw,
-        size=args.size,
-    )
-    if args.dry_run:
-        print(report.plan_text(*convert.dry_run(path, args.output, settings)))
-    else:
-        print(report.convert_text(convert.convert(path, args.output, settings, args.resume)))
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from .files import gguf as gguf_io
-    from .inference import kernels
-    from .models import source
-    from .reporting import tables as report
-    from .reporting import verify
-
-    differences = kernels.compare_file(gguf_io.read(args.file)) if args.gpu else []
-    result = verify.verify(
-        args.file, args.source and source.locate(args.source), args.text or resources.SAMPLE_TEXT, args.imatrix
-    )
-    result.failures += differences
-    print(report.verification_text(result))
-    return 1 if result.failures else 0
-
-
-def _dequantize(args: argparse.Namespace) -> None:
-    from .conversion import convert, plan
-
-    ggml_type = plan.parse_type(args.type, "--type")
-    if ggml_type not in plan.PLAIN_TYPES:
-        raise AaacError(f"--type {args.type}: choose from F32, F16, BF16")
-    n_bytes = convert.dequantize_file(args.file, args.output, ggml_type)
-    print(f"wrote {args.output}: {n_bytes:,} bytes")
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    from .files import gguf as gguf_io
-    from .reporting import tables as report
-
-    file = gguf_io.read(args.file)
-    print(report.inspect_text(file))
-    if args.plot:
-        report.plot_codebooks(file, args.plot)
-
-
-def _compare(args: argparse.Namespace) -> None:
-    from .conversion import convert, plan
-    from .models import source
-    from .reporting import compare
-    from .reporting import tables as report
-
-    if args.calib and args.imatrix:
-        raise AaacError("--calib and --imatrix: give one of them")
-    path = source.locate(args.source)
-    settings = convert.Settings(
-        embedding=plan.parse_type(args.embedding_type, "--embedding-type"),
-        calibration=convert.Calibration(args.calib or ("none" if path.is_file() else "self"), args.imatrix),
-        device=args.device,
-    )
-    types = args.types.split(",") if args.types else compare.DEFAULT_TYPES
-    result = compare.compare(path, args.output, compare.Options(types, args.text, settings, args.ctx, args.chunks))
-    print(report.comparison_text(result))
-    print(f"\nwrote {args.output / 'comparison.json'} and, with plots, {args.output / 'comparison.html'}")
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from .reporting import demo
-
-    return demo.run(args.output)
-
-
-def _llama_build(args: argparse.Namespace) -> None:
-    from .llama import build as llama
-    from .llama import patch
-
-    built = (
-        llama.build_wheel(args.backend, args.arch) if args.python else llama.build(args.backend, args.arch, args.source)
-    )
-    print(patch.summary(), file=sys.stderr)
-    print(built)
-
-
-def _llama_run(args: argparse.Namespace) -> int:
-
-    return subprocess.run([tools.tool(args.tool), *args.args]).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType as T
 from random_models import Shape, grow, one_layer
 
 from aaac_gguf import resources
-from aaac_gguf.conversion.convert import Calibration, Settings, convert
+from aaac_gguf.conversion.convert import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files.gguf import read
 from aaac_gguf.llama import build as llama
@@ -57,7 +57,7 @@ def make_model(shape: str, name: str) -> Path:
             if name == "F16":
                 seed = full
             elif name in fmt.TYPES:
-                convert(full, seed, Settings(type=T[name], embedding=T[name], calibration=Calibration("none")))
+                convert(full, seed, Settings(type=name, embedding_type=name, calibration="none"))
             else:
                 # no preset makes an NVFP4 or MXFP4 file of a dense model, so every matrix is named
                 how = (

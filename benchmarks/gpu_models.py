@@ -22,7 +22,8 @@ import torch
 from gguf import GGMLQuantizationType as T
 from random_models import Shape, grow, one_layer
 
-from aaac_gguf.conversion.convert import Calibration, Settings, convert
+from aaac_gguf.conversion.convert import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files.gguf import read
 from aaac_gguf.quantizer.quantize import quantize
@@ -48,7 +49,7 @@ def make_model(binaries: Path, work: Path, name: str) -> Path | None:
         if name == "F16":
             seed = full
         elif name in fmt.TYPES:
-            convert(full, seed, Settings(type=T[name], calibration=Calibration("none"), device=DEVICE))
+            convert(full, seed, Settings(type=name, calibration="none", device=DEVICE))
         else:
             # no preset makes an NVFP4 file, so every matrix is named
             nvfp4 = ["--tensor-type", rf"blk.*({'|'.join(SHAPE.linear)})=nvfp4", full, seed, "Q8_0"]

@@ -29,12 +29,13 @@ from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.calibration.sequential import BlockMoments
 from aaac_gguf.calibration.synthetic import SyntheticMoments
-from aaac_gguf.conversion import convert
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Entry, Imatrix
 from aaac_gguf.models import checkpoint
 from aaac_gguf.models.blocks import Blocks
+from aaac_gguf.models.source import full_precision
+from aaac_gguf.models.weights import load_weight
 from aaac_gguf.quantizer import codebook
 from aaac_gguf.quantizer import moments as hessian
 from aaac_gguf.quantizer.backends import choose_backend
@@ -413,7 +414,7 @@ def main() -> None:
     references = {name: [p.half() for p in log_probabilities(model, chunks)] for name, chunks in tests.items()}
     start = time.monotonic()
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, convert.full_precision(args.model, Path(folder)) as file:
+    with tempfile.TemporaryDirectory() as folder, full_precision(args.model, Path(folder)) as file:
         sequences, weights = tokens_module.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
         activations = calibrate.Activations(Blocks(calibrated, tokens[:1]), sequences, len(tokens), Path(folder))
         activations.run(calibrate.Squares())
@@ -421,7 +422,7 @@ def main() -> None:
         calibration = Calibration(model, activations, weights, file, names, Path(folder), args.seed)
         layers = {}
         for name in sorted(calibration.place, key=calibration.place.__getitem__):
-            weight = convert.load_weight(file, name, "cpu")
+            weight = load_weight(file, name, "cpu")
             layers[name] = Layer(weight, calibration.moments(name))
         imatrix = Imatrix(
             {name: Entry(layer.importance[None].numpy(), np.ones(1, np.float32)) for name, layer in layers.items()}

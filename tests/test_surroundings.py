@@ -17,9 +17,10 @@ from conftest import write_source
 
 from aaac_gguf import cli
 from aaac_gguf.errors import AaacError
-from aaac_gguf.files import gguf as gguf_io
+from aaac_gguf.files import atomic as atomic_module
 from aaac_gguf.files import output
-from aaac_gguf.files import output as writer
+from aaac_gguf.files.atomic import atomic, open_alone
+from aaac_gguf.files.journal import Journal
 from aaac_gguf.llama import build as llama
 
 
@@ -43,7 +44,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize(
-    ("verb", "module", "opener"), [("convert", writer, "open"), ("dequantize", gguf_io, "open_alone")]
+    ("verb", "module", "opener"), [("convert", output, "open"), ("dequantize", atomic_module, "open_alone")]
 )
 def test_a_full_disk(verb, module, opener, source, tmp_path, monkeypatch, refused):
     opened = getattr(module, opener, open)
@@ -70,7 +71,7 @@ def test_a_limit_on_file_sizes(source, tmp_path):
 
 def test_two_conversions_into_one_output(source, tmp_path, refused):
     out = tmp_path / "out.gguf"
-    with writer.Journal(out):
+    with Journal(out):
         assert f"{out}: another conversion is writing it" in refused("convert", source, "-o", out)
     assert cli.main(["convert", str(source), "-o", str(out)]) == 0  # the lock went with the journal
     assert {p.name for p in tmp_path.iterdir()} == {"source.gguf", "out.gguf"}
@@ -79,7 +80,7 @@ def test_two_conversions_into_one_output(source, tmp_path, refused):
 def _write_often(path: Path, letter: bytes, times: int) -> None:
     for _ in range(times):
         try:
-            with output.atomic(path) as f:
+            with atomic(path) as f:
                 for _ in range(10):
                     f.write(letter * 1000)
                     f.flush()
@@ -167,7 +168,7 @@ def test_a_lock_on_a_file_that_is_gone_does_not_count(tmp_path, monkeypatch):
 
     moved = tmp_path / "out"
     monkeypatch.setattr(fcntl, "flock", late)
-    with output.open_alone(path) as f:
+    with open_alone(path) as f:
         f.write(b"x")
     assert moved.read_bytes() == b""
     assert path.read_bytes() == b"x"

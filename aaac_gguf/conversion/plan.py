@@ -1,40 +1,41 @@
-"""Which tensor gets which type and why, and the exact size of the file: what `--dry-run` prints and `convert` follows."""
+"""Decide for every tensor its type, how it is rounded to it, and why: what a dry run prints and the encoder follows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
 from ..errors import AaacError
-from ..files import format as fmt
 from ..files.gguf import GgufFile, TensorInfo, block_number, tensor_bytes
+from ..quantizer.types import TENSOR_TYPES
+from .settings import PLAIN_TYPES, MomentsKind, Settings, parse_type
 
-PLAIN_TYPES = (T.F32, T.F16, T.BF16)
-WRITABLE_TYPES = (*PLAIN_TYPES, T.Q8_0, T.Q6_K, T.Q5_K, T.Q4_0, T.IQ4_NL, *(T[name] for name in fmt.TYPES))
-
-# What a type becomes where the row length is not a multiple of its block: the next longer grid that fits.
-FALLBACK = {
-    T["AAAC4_G128"]: T["AAAC4_G32"],
-    T["AAAC4_G32"]: T.Q8_0,
-    T["AAAC4_G16"]: T.Q8_0,
-    T.Q5_K: T.Q8_0,
-    T.Q6_K: T.Q8_0,
-    T.Q8_0: T.F16,
-}
-FALLBACK |= {T.Q4_0: T.F16, T.IQ4_NL: T.F16}
+NOT_WEIGHTS = (T.I8, T.I16, T.I32, T.I64, T.F64)  # what else a full-precision file may hold: copied as it is
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
+# From so many bits per weight up, search gains nothing for embeddings and the output matrix.
+_FINE_BITS = 5
 
 # Weights that llama.cpp itself never quantizes: `tensor_allows_quantization` in src/llama-quant.cpp.
 KEPT = re.compile(
-    r"_norm\.weight$|ffn_gate_inp\.weight$|ffn_gate_tid2eid\.weight$|altup|laurel|per_layer_model_proj|^position_embd\.weight$|^token_types\.weight$"
-    r"|ssm_conv1d|shortconv\.conv\.weight$|indexer\.[kq]_proj\.weight$|time_mix_(first|w[0-2]|v[0-2]|a[0-2]|g[12]|decay_w[12]|lerp_fused)\.weight$"
-    r"|attn_rel_b\.weight$|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
+    r"_norm\.weight$|ffn_gate_inp\.weight$|ffn_gate_tid2eid\.weight$|altup|laurel|per_layer_model_proj"
+    r"|^position_embd\.weight$|^token_types\.weight$|ssm_conv1d|shortconv\.conv\.weight$|indexer\.[kq]_proj\.weight$"
+    r"|time_mix_(first|w[0-2]|v[0-2]|a[0-2]|g[12]|decay_w[12]|lerp_fused)\.weight$|attn_rel_b\.weight$|\.position_embd"
+    r"|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
 )
+
+
+class Rounding(StrEnum):
+    """How a tensor's weights become those of its type."""
+
+    COPY = "copy"  # as they are
+    NEAREST = "nearest"  # each to the nearest value, as llama-quantize does without an importance matrix
+    IMPORTANCE = "importance"  # searched for the least error under the importance of the inputs
+    FEEDBACK = "feedback"  # searched with error feedback under second moments
 
 
 @dataclass(frozen=True)
@@ -45,85 +46,108 @@ class TensorPlan:
     shape: tuple[int, ...]
     source_type: T
     type: T
-    reason: str
+    rounding: Rounding
+    reason: str  # why it has its type, if there is something to say
 
     @property
     def info(self) -> TensorInfo:
+        """Return what the header will say of it."""
         return TensorInfo(self.name, self.shape, self.type)
 
     @property
     def n_weights(self) -> int:
+        """Return the number of its weights."""
         return tensor_bytes(self.shape, T.I8)
 
     @property
     def n_bytes(self) -> int:
+        """Return the bytes of its data."""
         return tensor_bytes(self.shape, self.type)
+
+    @property
+    def without_moments(self) -> Rounding:
+        """Return how it is rounded if calibration turns out to have no second moments of it."""
+        return Rounding.IMPORTANCE if TENSOR_TYPES[self.type].by_importance else Rounding.NEAREST
+
+
+def is_searched(name: str, source_type: T, ggml_type: T) -> bool:
+    """Return whether a tensor of this type is rounded by search, so that calibration is worth its time."""
+    if ggml_type == source_type or not TENSOR_TYPES[ggml_type].quantizer:
+        return False
+    return not (name in EMBEDDINGS and _bits_per_weight(ggml_type) > _FINE_BITS)
+
+
+def plan_rounding(name: str, source_type: T, ggml_type: T, moments: MomentsKind) -> Rounding:
+    """Decide how a tensor is rounded. moments: what error feedback has to go by."""
+    if ggml_type == source_type:
+        return Rounding.COPY
+    if not is_searched(name, source_type, ggml_type):
+        return Rounding.NEAREST
+    # Synthetic moments are too rough to gain anything at 8 bits, and there are none of the embeddings.
+    if moments == "measured" or (moments == "synthetic" and ggml_type != T.Q8_0 and name != EMBEDDINGS[0]):
+        return Rounding.FEEDBACK
+    return Rounding.IMPORTANCE if TENSOR_TYPES[ggml_type].by_importance else Rounding.NEAREST
 
 
 @dataclass(frozen=True)
 class Override:
-    """`--tensor-type REGEX=TYPE`: tensors whose name the expression matches anywhere get the type."""
+    """A type for all tensors whose name the expression matches anywhere."""
 
     pattern: re.Pattern[str]
     type: T
 
 
-def parse_type(text: str, flag: str) -> T:
-    """A type by its name, any case. Raises AaacError that names `flag` and lists the choices."""
-    by_name = {t.name: t for t in WRITABLE_TYPES}
-    if text.upper() not in by_name:
-        raise AaacError(f"{flag} {text}: unknown type; choose from {', '.join(by_name)}")
-    return by_name[text.upper()]
-
-
-def parse_override(text: str) -> Override:
-    """One `REGEX=TYPE`; the last `=` divides."""
-    pattern, equals, name = text.rpartition("=")
-    if not equals or not pattern:
-        raise AaacError(f"--tensor-type {text}: expected REGEX=TYPE, for example 'ffn_down=Q8_0'")
+def parse_override(pattern: str, type_name: str) -> Override:
+    """Return an override of its two texts. Raises AaacError if either makes no sense."""
     try:
-        return Override(re.compile(pattern), parse_type(name, f"--tensor-type {pattern}="))
+        return Override(re.compile(pattern), parse_type(type_name, "tensor_types"))
     except re.error as e:
-        raise AaacError(f"--tensor-type {text}: bad regular expression: {e}") from None
+        raise AaacError(f"`tensor_types` {pattern}: bad regular expression: {e}") from None
 
 
-def make_plan(
-    source: GgufFile, default: T, overrides: Sequence[Override] = (), embedding: T = T.Q6_K
-) -> list[TensorPlan]:
-    """Decide every tensor's type, and their order in the file.
+def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tuple[TensorPlan, ...]:
+    """Decide the type and the rounding of every tensor, and their order in the file.
 
-    Matrices get `default`, token_embd and output get `embedding` unless `default` is not a 4-bit type.
-
-    Raises AaacError for an override that matches no tensor, and for a source that is quantized already.
+    Matrices get `settings.type`. token_embd and output get `settings.embedding_type`, unless `type` has 8 bits or more.
+    moments: what error feedback has to go by. Raises AaacError for an override that makes no sense or matches no
+    tensor, and for a source that is quantized.
     """
+    default, embedding = parse_type(settings.type, "type"), parse_type(settings.embedding_type, "embedding_type")
+    overrides = [parse_override(*texts) for texts in settings.tensor_types]
     used: set[Override] = set()
     plans = []
     for name, tensor in source.tensors.items():
-        if tensor.tensor_type not in PLAIN_TYPES and tensor.tensor_type not in (T.I8, T.I16, T.I32, T.I64, T.F64):
-            raise AaacError(
-                f"{source.path}: tensor {name} is {tensor.tensor_type.name} already; start from the full-precision file"
-            )
+        if tensor.tensor_type not in (*PLAIN_TYPES, *NOT_WEIGHTS):
+            kind = tensor.tensor_type.name
+            raise AaacError(f"{source.path}: tensor {name} is {kind} already; start from the full-precision file")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         wanted, reason = _wanted(name, shape, tensor.tensor_type, default, embedding)
         for override in overrides:
             if override.pattern.search(name):
                 used.add(override)
-                wanted, reason = override.type, f"--tensor-type {override.pattern.pattern}"
-        fitting = wanted
-        while shape[-1] % GGML_QUANT_SIZES[fitting][0]:
-            fitting = FALLBACK[fitting]
+                wanted, reason = override.type, f"asked for: {override.pattern.pattern}"
+        fitting = _fitting(wanted, shape[-1])
         if fitting != wanted:
-            reason = (
-                f"fallback: rows of {shape[-1]} are not whole {wanted.name} blocks of {GGML_QUANT_SIZES[wanted][0]}"
-            )
-        plans.append(TensorPlan(name, shape, tensor.tensor_type, fitting, reason))
+            blocks = f"whole {wanted.name} blocks of {GGML_QUANT_SIZES[wanted][0]}"
+            reason = f"fallback: rows of {shape[-1]} are not {blocks}"
+        rounding = plan_rounding(name, tensor.tensor_type, fitting, moments)
+        plans.append(TensorPlan(name, shape, tensor.tensor_type, fitting, rounding, reason))
     for override in overrides:
         if override not in used:
-            raise AaacError(
-                f"--tensor-type {override.pattern.pattern}={override.type.name}: matches no tensor; see the names with --dry-run"
-            )
-    # Blocks as the model runs them (checkpoints may have them as 0, 1, 10, 11, 2), and the rest behind.
-    return sorted(plans, key=lambda p: block_number(p.name, 1 << 30))
+            text = f"{override.pattern.pattern}={override.type.name}"
+            raise AaacError(f"`tensor_types` {text}: matches no tensor; see their names with a dry run")
+    # Decoder blocks in the order in which the model runs them (checkpoints may have them as 0, 1, 10, 11, 2), then the
+    # rest.
+    return tuple(sorted(plans, key=lambda p: block_number(p.name, 1 << 30)))
+
+
+def _fitting(wanted: T, n_per_row: int) -> T:
+    """Return the type, or the first of its fallbacks that has whole blocks in such rows."""
+    while n_per_row % GGML_QUANT_SIZES[wanted][0]:
+        fallback = TENSOR_TYPES[wanted].fallback
+        assert fallback, f"{wanted.name} has blocks and no fallback"
+        wanted = fallback
+    return wanted
 
 
 def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embedding: T) -> tuple[T, str]:
@@ -138,15 +162,6 @@ def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embed
     return default, ""
 
 
-def summary(plans: Sequence[TensorPlan]) -> str:
-    """Bytes, tensors and bits per weight by type: the lines under a plan's listing."""
-    lines = []
-    for ggml_type in dict.fromkeys(p.type for p in plans):
-        group = [p for p in plans if p.type == ggml_type]
-        n_bytes = sum(p.n_bytes for p in group)
-        lines.append(f"{ggml_type.name:>10} {len(group):5} tensors {n_bytes:15,} bytes")
-    n_bytes, n_weights = sum(p.n_bytes for p in plans), sum(p.n_weights for p in plans)
-    lines.append(
-        f"{'all':>10} {len(plans):5} tensors {n_bytes:15,} bytes  {8 * n_bytes / n_weights:.3f} bits per weight"
-    )
-    return "\n".join(lines)
+def _bits_per_weight(ggml_type: T) -> float:
+    n_weights, n_bytes = GGML_QUANT_SIZES[ggml_type]
+    return 8 * n_bytes / n_weights

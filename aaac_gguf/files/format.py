@@ -1,12 +1,14 @@
 """The AAAC GGUF format, version 1: type ids, block layouts, metadata keys, and pack, unpack and decode in numpy.
 
-This module is the oracle: the C header, the CUDA kernels and the llama.cpp patch are tested against it. The text is `docs/format.md`.
+The C header, the CUDA kernels and the llama.cpp patch are tested against this module. The text is `docs/format.md`.
 
     w[n, k] = S(scale_code) * C[selector][index]
 
     index       4 bits per weight
     selector    1 bit per 16 weights: which of the tensor's two codebooks
-    scale_code  7 bits (6 in AAAC4_G32) per group of `group_size` weights; S(0) = 0, S(i) = d * f(i), f an unsigned float with m mantissa bits
+    scale_code  7 bits (6 in AAAC4_G32) per group of `group_size` weights
+
+S(0) = 0 and S(i) = d * f(i), with f an unsigned float of m mantissa bits.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ SELECTOR_SIZE = 16  # weights per selector bit, in every type
 RUN_SIZE = 64  # weights per run of 32 index bytes
 MANTISSA_BITS = (2, 3, 4, 5)
 
-U8 = NDArray[Any]  # uint8; numpy's stubs widen `uint8 << int`, numpy itself does not
+U8 = NDArray[Any]  # uint8: numpy's stubs widen `uint8 << int`, numpy itself does not
 F32 = NDArray[np.float32]
 
 
@@ -55,36 +57,41 @@ class AaacType:
 
     @property
     def type_size(self) -> int:
-        """Bytes per block."""
+        """Return the bytes of a block."""
         return self.header_size + self.block_size // 2
 
     @property
     def bits_per_weight(self) -> float:
+        """Return the bits that a weight takes, scales and selectors included."""
         return 8 * self.type_size / self.block_size
 
     @property
     def n_scale_codes(self) -> int:
+        """Return the number of scale codes, zero included."""
         return 1 << self.scale_bits
 
     def row_bytes(self, n_per_row: int) -> int:
-        """Bytes of a row of `n_per_row` weights. Raises AaacError when the row is not whole blocks."""
+        """Return the bytes of a row of `n_per_row` weights. Raises AaacError if the row is not whole blocks."""
         if n_per_row % self.block_size:
             raise AaacError(
-                f"{self.name}: rows of {n_per_row} weights are not whole blocks of {self.block_size}; use another type for this tensor"
+                f"{self.name}: rows of {n_per_row} weights are not whole blocks of {self.block_size}; "
+                "use another type for this tensor"
             )
         return n_per_row // self.block_size * self.type_size
 
-    # The header is all that differs between the types. codes [..., block_size / group_size] and selectors [..., block_size / 16] are uint8.
+    # The header is all that differs between the types.
 
     def pack_header(self, codes: U8, selectors: U8) -> U8:
+        """Return headers [..., header_size] of codes [..., block_size / group_size], selectors [..., block_size / 16]."""
         raise NotImplementedError
 
     def unpack_header(self, header: U8) -> tuple[U8, U8]:
+        """Return the codes and selectors of headers."""
         raise NotImplementedError
 
 
 class _G16(AaacType):
-    """uint8 s[4]: selector << 7 | scale_code of 16 weights"""
+    """Four bytes: selector << 7 | scale_code of 16 weights."""
 
     def pack_header(self, codes: U8, selectors: U8) -> U8:
         return selectors << 7 | codes
@@ -94,7 +101,7 @@ class _G16(AaacType):
 
 
 class _G32(AaacType):
-    """uint8 s[2]: selector of the last 16 weights << 7 | selector of the first 16 << 6 | 6-bit scale_code of 32 weights"""
+    """Two bytes: selector of the last 16 weights << 7 | selector of the first 16 << 6 | scale_code of 32 weights."""
 
     def pack_header(self, codes: U8, selectors: U8) -> U8:
         return selectors[..., 1::2] << 7 | selectors[..., 0::2] << 6 | codes
@@ -105,7 +112,7 @@ class _G32(AaacType):
 
 
 class _G128(AaacType):
-    """uint8 s: scale_code of 128 weights; uint8 sel: bit j is the selector of weights 16j .. 16j + 15"""
+    """Two bytes: scale_code of 128 weights; then bit j is the selector of weights 16j .. 16j + 15."""
 
     def pack_header(self, codes: U8, selectors: U8) -> U8:
         return np.concatenate([codes, np.packbits(selectors, axis=-1, bitorder="little")], axis=-1)
@@ -123,7 +130,7 @@ TYPES_BY_ID: dict[int, AaacType] = {t.type_id: t for t in TYPES.values()}
 
 
 def scale_factors(scale_mantissa_bits: int) -> F32:
-    """f(i) for the 128 scale codes, with 0 at i = 0: float32 [128]. Multiplied by d this is S."""
+    """Return f(i) for the 128 scale codes, with 0 at i = 0: float32 [128]. Multiplied by d it is S."""
     codes = np.arange(128, dtype=np.uint32)
     factors = (np.uint32(0x3F800000) + (codes << np.uint32(23 - scale_mantissa_bits))).view(np.float32)
     factors[0] = 0.0
@@ -132,7 +139,12 @@ def scale_factors(scale_mantissa_bits: int) -> F32:
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """What decodes one tensor beside its blocks: two codebooks int8 [2, 16], each ascending, and the scale's base d and mantissa bits m."""
+    """The parameters that decode the blocks of one tensor.
+
+    codebooks            int8 [2, 16], each ascending
+    scale_base           d
+    scale_mantissa_bits  m
+    """
 
     codebooks: NDArray[np.int8]
     scale_base: float
@@ -143,7 +155,8 @@ class Codec:
         books = self.codebooks
         if books.shape != (N_CODEBOOKS, N_LEVELS) or books.dtype != np.int8:
             raise AaacError(
-                f"tensor {name}: codebooks are {books.dtype}{list(books.shape)}, expected int8[2, 16]; write the file again"
+                f"tensor {name}: codebooks are {books.dtype}{list(books.shape)}, expected int8[2, 16]; "
+                "write the file again"
             )
         if (np.diff(books.astype(np.int16)) <= 0).any() or books.min() < -MAX_LEVEL:
             raise AaacError(
@@ -151,22 +164,28 @@ class Codec:
             )
         if self.scale_mantissa_bits not in MANTISSA_BITS:
             raise AaacError(
-                f"tensor {name}: scale mantissa bits are {self.scale_mantissa_bits}, expected 2, 3, 4 or 5; write the file again"
+                f"tensor {name}: scale mantissa bits are {self.scale_mantissa_bits}, expected 2, 3, 4 or 5; "
+                "write the file again"
             )
         largest = np.float64(self.scale_base) * scale_factors(self.scale_mantissa_bits)[-1] * MAX_LEVEL
         if not (self.scale_base > 0 and largest <= np.finfo(np.float32).max):
             raise AaacError(
-                f"tensor {name}: scale base {self.scale_base} is not positive, or not finite, or overflows float32; write the file again"
+                f"tensor {name}: scale base {self.scale_base} is not positive, or not finite, or overflows float32; "
+                "write the file again"
             )
         return self
 
     def scales(self) -> F32:
-        """S(i) for the 128 scale codes, float32 [128]."""
+        """Return S(i) for the 128 scale codes, float32 [128]."""
         return np.float32(self.scale_base) * scale_factors(self.scale_mantissa_bits)
 
 
 def pack(qtype: AaacType, indices: U8, selectors: U8, codes: U8) -> U8:
-    """Blocks uint8 [..., row bytes] from indices [..., K] in 0..15, selectors [..., K / 16] in 0..1 and scale codes [..., K / group_size]."""
+    """Pack rows into blocks uint8 [..., row bytes].
+
+    indices [..., K] in 0..15, selectors [..., K / 16] in 0..1, codes [..., K / group_size], all uint8. Raises AaacError
+    if K is not whole blocks.
+    """
     *outer, n_per_row = indices.shape
     qtype.row_bytes(n_per_row)  # refuses ragged rows
     blocks = (*outer, n_per_row // qtype.block_size)
@@ -177,7 +196,7 @@ def pack(qtype: AaacType, indices: U8, selectors: U8, codes: U8) -> U8:
 
 
 def unpack(qtype: AaacType, data: U8) -> tuple[U8, U8, U8]:
-    """The inverse of `pack`: indices [..., K], selectors [..., K / 16] and scale codes [..., K / group_size], all uint8."""
+    """Invert `pack`: return indices [..., K], selectors [..., K / 16] and codes [..., K / group_size], all uint8."""
     *outer, n_bytes = data.shape
     if n_bytes % qtype.type_size:
         raise AaacError(
@@ -191,21 +210,24 @@ def unpack(qtype: AaacType, data: U8) -> tuple[U8, U8, U8]:
 
 
 def decode(qtype: AaacType, data: U8, codec: Codec) -> F32:
-    """Weights float32 [..., K] of the blocks uint8 [..., row bytes]: S in float32, then one float32 product per weight."""
+    """Decode blocks uint8 [..., row bytes] to weights float32 [..., K].
+
+    S is computed in float32, and each weight is one float32 product.
+    """
     indices, selectors, codes = unpack(qtype, data)
     levels = codec.codebooks[np.repeat(selectors, SELECTOR_SIZE, axis=-1), indices].astype(np.float32)
     return np.repeat(codec.scales()[codes], qtype.group_size, axis=-1) * levels
 
 
 def check_blocks(qtype: AaacType, data: U8, name: str) -> None:
-    """Raise AaacError when the blocks of tensor `name` hold bits that the layout does not define."""
+    """Raise AaacError if the blocks of tensor `name` hold bits that the layout does not define."""
     _, _, codes = unpack(qtype, data)
     if (codes >= qtype.n_scale_codes).any():
         raise AaacError(f"tensor {name}: a scale code is above {qtype.n_scale_codes - 1}; the file is damaged")
 
 
 def codecs_to_metadata(codecs: Mapping[str, Codec]) -> dict[str, int | list[str] | NDArray]:
-    """The aaac.* keys that describe `codecs`: tensor name -> Codec."""
+    """Return the aaac.* keys that describe `codecs`, by tensor name."""
     return {
         KEY_VERSION: VERSION,
         KEY_TENSOR_NAMES: list(codecs),
@@ -218,10 +240,11 @@ def codecs_to_metadata(codecs: Mapping[str, Codec]) -> dict[str, int | list[str]
 def codecs_from_metadata(
     version: int, names: Sequence[str], codebooks: NDArray, scale_base: NDArray, scale_mantissa_bits: NDArray
 ) -> dict[str, Codec]:
-    """The inverse of `codecs_to_metadata`. Raises AaacError for all that a reader must refuse."""
+    """Invert `codecs_to_metadata`. Raises AaacError for all that a reader must refuse."""
     if version != VERSION:
         raise AaacError(
-            f"{KEY_VERSION} is {version}; this version of aaac-gguf reads {VERSION}: upgrade aaac-gguf, or write the file again"
+            f"{KEY_VERSION} is {version}; this version of aaac-gguf reads {VERSION}: "
+            "upgrade aaac-gguf, or write the file again"
         )
     lengths = {
         KEY_CODEBOOKS: len(codebooks) / 32,

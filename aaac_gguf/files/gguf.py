@@ -1,4 +1,4 @@
-"""GGUF files with AAAC tensors: the gguf library extended in one place, a reader that refuses damaged files, a streaming atomic writer."""
+"""Read GGUF files with AAAC tensors, and render headers: the gguf library with our types, made safe for damaged files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf"
 
 
 class Value(NamedTuple):
-    """One metadata value with its GGUF type, and the type of its items if it is an array."""
+    """A metadata value with its GGUF type, and the type of its items if it is an array."""
 
     value: Any
     kind: GGUFValueType
@@ -58,13 +58,16 @@ for _qtype in fmt.TYPES.values():
 
 
 def tensor_bytes(shape: Sequence[int], ggml_type: GGMLQuantizationType) -> int:
-    """Bytes of a tensor of `shape` (numpy order: the row length last)."""
+    """Return the bytes of a tensor of `shape`, in numpy order: the row length last."""
     block_size, type_size = GGML_QUANT_SIZES[ggml_type]
     return int(np.prod(shape, dtype=np.int64)) // block_size * type_size
 
 
 class _Reader(gguf.GGUFReader):
-    """gguf's reader, made safe for files that lie: every access is bounds-checked, and arrays are parsed without a view per element."""
+    """gguf's reader, made safe for files that lie.
+
+    Every access is checked against the file's end. Arrays are parsed without a view for each element.
+    """
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         n_bytes = np.dtype(dtype).itemsize * int(count)
@@ -74,7 +77,7 @@ class _Reader(gguf.GGUFReader):
 
     def _get_str(self, offset: int) -> Any:
         length, text = super()._get_str(offset)
-        str(memoryview(text), "utf-8")  # what is not text is refused here, not when somebody asks for it
+        str(memoryview(text), "utf-8")  # refuses here what is not text, not when somebody asks for it
         return length, text
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
@@ -125,10 +128,12 @@ class _Reader(gguf.GGUFReader):
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An open GGUF, of one file or of several: metadata, tensors by name (data memory-mapped), and the codec of every AAAC tensor.
+    """An open GGUF, of one file or of several. `file[name]` is a tensor's decoded weights.
 
-    path      the file, or the first of them, which holds the metadata
-    n_bytes   of all files
+    path     the file, or the first of them, which holds the metadata
+    fields   metadata
+    tensors  by name, data memory-mapped
+    codecs   of every AAAC tensor
     """
 
     path: Path
@@ -139,28 +144,30 @@ class GgufFile:
 
     @property
     def n_bytes(self) -> int:
+        """Return the size of all files together."""
         return sum(len(m) for m in self.maps)
 
     def release(self) -> None:
-        """Drop the tensor data read so far from this process's memory; what is used again is read from the file again."""
+        """Drop the tensor data read so far from this process's memory. What is used again is read again."""
         for m in self.maps:
             m.madvise(mmap.MADV_DONTNEED)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a metadata key, lists for arrays."""
+        """Return the value of a metadata key, a list for an array."""
         return self.fields[key].contents() if key in self.fields else default
 
     @property
     def architecture(self) -> str:
+        """Return the name of the model's architecture, empty if there is none."""
         return str(self.get("general.architecture", ""))
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """The value of one of the architecture's own metadata keys."""
+        """Return the value of one of the architecture's own metadata keys."""
         return self.get(f"{self.architecture}.{key}", default)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape in numpy order."""
+        """Return every tensor's shape in numpy order."""
         return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self.tensors.items()}
 
     def __getitem__(self, name: str) -> fmt.F32:
@@ -170,7 +177,7 @@ class GgufFile:
 
 
 def dequantize(data: Any, ggml_type: GGMLQuantizationType, codec: fmt.Codec | None = None) -> fmt.F32:
-    """Float32 weights of one tensor's data as gguf's reader gives it. AAAC types need their `codec`."""
+    """Return the float32 weights of one tensor's data as gguf's reader gives it. AAAC types need their `codec`."""
     if ggml_type in fmt.TYPES_BY_ID:
         assert codec is not None
         return fmt.decode(fmt.TYPES_BY_ID[ggml_type], np.asarray(data), codec)
@@ -178,12 +185,15 @@ def dequantize(data: Any, ggml_type: GGMLQuantizationType, codec: fmt.Codec | No
 
 
 def shard_path(path: Path, no: int, count: int) -> Path:
-    """The name of shard `no`, counted from 1, of the model that `path` names."""
+    """Return the name of shard `no`, counted from 1, of the model that `path` names."""
     return path.with_name(f"{path.name.removesuffix('.gguf')}-{no:05}-of-{count:05}.gguf")
 
 
 def read(path: str | os.PathLike[str]) -> GgufFile:
-    """Open a GGUF file, or all shards of a split one by any of them. Raises AaacError for whatever is not a whole, valid file: see docs/format.md."""
+    """Open a GGUF file, or all shards of a split one by any of them.
+
+    Raises AaacError for whatever is not a whole, valid file: see docs/format.md.
+    """
     path = Path(path)
     if not path.is_file():
         raise AaacError(
@@ -229,7 +239,8 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
         raise AaacError(f"{path}: AAAC tensor {missing[0]} is not in {fmt.KEY_TENSOR_NAMES}; write the file again")
     if extra := sorted(listed - present):
         raise AaacError(
-            f"{path}: {fmt.KEY_TENSOR_NAMES} lists {extra[0]}, which is not an AAAC tensor of this file; write the file again"
+            f"{path}: {fmt.KEY_TENSOR_NAMES} lists {extra[0]}, which is not an AAAC tensor of this file; "
+            "write the file again"
         )
     return GgufFile(path, readers[0].fields, tensors, codecs, [reader.data.base for reader in readers])
 
@@ -251,14 +262,15 @@ def _check_split(reader: gguf.GGUFReader, no: int, count: int) -> None:
     said = _number(reader, SPLIT_COUNT) or 1
     if said != count:
         raise AaacError(
-            f"{SPLIT_COUNT} is {said}, the name says {count}; give the shards the names that llama.cpp gave them, or download them again"
+            f"{SPLIT_COUNT} is {said}, the name says {count}; "
+            "give the shards the names that llama.cpp gave them, or download them again"
         )
     if count > 1 and _number(reader, SPLIT_NO) != no:
         raise AaacError(f"{SPLIT_NO} is {_number(reader, SPLIT_NO)}, the name says {no}; download it again")
 
 
 def _read_codecs(reader: gguf.GGUFReader) -> dict[str, fmt.Codec]:
-    """The codecs that the metadata lists; a file without AAAC keys has none."""
+    """Return the codecs that the metadata lists. A file without AAAC keys has none."""
     keys = (fmt.KEY_VERSION, fmt.KEY_TENSOR_NAMES, fmt.KEY_CODEBOOKS, fmt.KEY_SCALE_BASE, fmt.KEY_SCALE_MANTISSA_BITS)
     if not any(key in reader.fields for key in keys):
         return {}
@@ -278,7 +290,7 @@ def _read_codecs(reader: gguf.GGUFReader) -> dict[str, fmt.Codec]:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a GGUF header says of one tensor; `shape` in numpy order."""
+    """One tensor as a GGUF header describes it; `shape` in numpy order."""
 
     name: str
     shape: tuple[int, ...]
@@ -286,15 +298,17 @@ class TensorInfo:
 
     @property
     def n_bytes(self) -> int:
+        """Return the bytes of its data."""
         return tensor_bytes(self.shape, self.type)
 
     @property
     def n_weights(self) -> int:
+        """Return the number of its weights."""
         return tensor_bytes(self.shape, GGMLQuantizationType.I8)
 
 
 class _Writer(gguf.GGUFWriter):
-    """gguf's writer, which refuses empty arrays; files that hold some are copied."""
+    """gguf's writer, but for empty arrays: it refuses them, and files that hold some must be copied."""
 
     def _pack_val(
         self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
@@ -305,7 +319,7 @@ class _Writer(gguf.GGUFWriter):
 
 
 def render_header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
-    """All that precedes the tensor data, padding included."""
+    """Return all that precedes the tensor data, padding included."""
     writer = _Writer(None, "")
     writer.kv_data[
         0
@@ -328,12 +342,12 @@ def render_header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
 
 
 def alignment(metadata: Metadata) -> int:
-    """The multiple of bytes at which tensor data starts."""
+    """Return the multiple of bytes at which tensor data starts."""
     return int(metadata["general.alignment"].value) if "general.alignment" in metadata else gguf.GGUF_DEFAULT_ALIGNMENT
 
 
 def field_values(fields: Mapping[str, ReaderField]) -> dict[str, Value]:
-    """The metadata of an open file in the form that `render_header` takes; the reader's own GGUF.* fields left out."""
+    """Return the metadata of an open file in the form that `render_header` takes, without the reader's own fields."""
     values = {}
     for name, field in fields.items():
         if not name.startswith("GGUF."):
@@ -342,7 +356,7 @@ def field_values(fields: Mapping[str, ReaderField]) -> dict[str, Value]:
 
 
 def codec_values(codecs: Mapping[str, fmt.Codec]) -> dict[str, Value]:
-    """The aaac.* keys of `codecs` in the form that `render_header` takes."""
+    """Return the aaac.* keys of `codecs` in the form that `render_header` takes."""
     values = fmt.codecs_to_metadata(codecs)
     kinds = {
         fmt.KEY_TENSOR_NAMES: GGUFValueType.STRING,
@@ -355,6 +369,6 @@ def codec_values(codecs: Mapping[str, fmt.Codec]) -> dict[str, Value]:
 
 
 def block_number(name: str, otherwise: int) -> int:
-    """The number of the decoder block that a tensor belongs to."""
+    """Return the number of the decoder block that a tensor belongs to, or `otherwise`."""
     block = re.match(r"blk\.(\d+)\.", name)
     return int(block[1]) if block else otherwise

@@ -1,6 +1,7 @@
-"""llama.cpp's importance files: read GGUF and legacy .dat, write GGUF, and say what they do not cover.
+"""Read llama.cpp's importance files, GGUF and legacy .dat, write GGUF, and say what they do not cover.
 
-An importance matrix holds, per weight tensor and input channel k, the sum of x_k^2 over the tokens that reached the tensor, and how many did.
+An importance matrix holds the sum of x_k^2 for every weight tensor and input channel k, over the tokens that reached the
+tensor, and the number of those tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ SUFFIX_SUMS, SUFFIX_COUNTS = ".in_sum2", ".counts"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor's statistics: `sums` float32 [E, K] of x^2 and `counts` float32 [E] of tokens; E is 1, or the number of experts."""
+    """The statistics of one tensor: `sums` float32 [E, K] of x^2, and `counts` float32 [E] of tokens.
+
+    E is 1, or the number of experts.
+    """
 
     sums: F32
     counts: F32
 
     def importance(self) -> F32:
-        """Mean x^2 per channel: float32 [K], or [E, K] for experts.
+        """Return the mean of x^2 per channel: float32 [K], or [E, K] for experts.
 
-        An expert that no token reached weighs as much as the mean of those that tokens reached; 1 where they reached none.
+        An expert that no token reached weighs as much as the mean of those that tokens reached, or 1 if there are none.
         """
         reached = self.counts > 0
         means = np.divide(self.sums, self.counts[:, None], out=np.zeros_like(self.sums), where=reached[:, None])
@@ -41,7 +45,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What calibration reached: the `share` of the weights, and the tensors that it `missed`, with the experts where it missed only some."""
+    """The `share` of the weights that calibration reached, and the tensors that it `missed`.
+
+    A tensor of which it missed only some experts is listed with them.
+    """
 
     share: float
     missed: list[str]
@@ -57,10 +64,10 @@ class Imatrix:
     chunk_size: int = 0
 
     def fitted(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Imatrix:
-        """The entries of the model whose tensors have `shapes` (numpy order). Raises AaacError for an imatrix of another model.
+        """Return the entries of the model whose tensors have `shapes`, in numpy order.
 
-        Legacy files store an expert tensor's channels in one run [1, E * K] with one count: here they become [E, K], and an expert of zeros
-        one that no token reached.
+        Legacy files store an expert tensor's channels in one run [1, E * K] with one count. Here they become [E, K], and
+        an expert of zeros is one that no token reached. Raises AaacError for an imatrix of another model.
         """
         fitted = {}
         for name, entry in self.entries.items():
@@ -73,7 +80,8 @@ class Imatrix:
                 entry = Entry(sums, np.where(sums.any(axis=1), entry.counts, 0).astype(np.float32))
             if entry.sums.shape != (n_experts, shape[-1]):
                 raise AaacError(
-                    f"{path}: tensor {name} has {entry.sums.size} channels, the model's has {n_experts * shape[-1]}; is it of another model?"
+                    f"{path}: tensor {name} has {entry.sums.size} channels, the model's has {n_experts * shape[-1]}; "
+                    "is it of another model?"
                 )
             if not all(np.isfinite(values).all() and (values >= 0).all() for values in (entry.sums, entry.counts)):
                 raise AaacError(
@@ -85,7 +93,7 @@ class Imatrix:
         return replace(self, entries=fitted)
 
     def coverage(self, sizes: Mapping[str, int]) -> Coverage:
-        """Of the tensors with `sizes` in weights."""
+        """Return what calibration reached of the tensors with `sizes` in weights."""
         reached, missed = 0.0, []
         for name, n_weights in sizes.items():
             counts = self.entries[name].counts if name in self.entries else np.zeros(1)
@@ -99,16 +107,16 @@ class Imatrix:
 
 
 def read_imatrix(path: str | Path) -> Imatrix:
-    """Read llama-imatrix output, GGUF or legacy .dat by its first bytes. Raises AaacError for anything else."""
+    """Read the output of llama-imatrix, GGUF or legacy .dat by its first bytes. Raises AaacError for anything else."""
     path = Path(path)
     try:
         with open(path, "rb") as f:
             magic = f.read(4)
         return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
     except FileNotFoundError:
-        raise AaacError(f"--imatrix {path}: no such file; make one with llama-imatrix") from None
+        raise AaacError(f"`imatrix` {path}: no such file; make one with llama-imatrix") from None
     except OSError as e:
-        raise AaacError(f"--imatrix {path}: cannot be read: {e.strerror or e}") from None
+        raise AaacError(f"`imatrix` {path}: cannot be read: {e.strerror or e}") from None
 
 
 def _read_gguf(path: Path) -> Imatrix:
@@ -126,7 +134,8 @@ def _read_gguf(path: Path) -> Imatrix:
                 gguf.GGMLQuantizationType.F32
             } or sums.n_elements % counts.n_elements:
                 raise AaacError(
-                    f"{path}: tensor {base} has sums and counts that are not F32 or do not agree; make the imatrix again"
+                    f"{path}: tensor {base} has sums and counts that are not F32 or do not agree; "
+                    "make the imatrix again"
                 )
             entries[base] = Entry(
                 np.asarray(sums.data).reshape(counts.n_elements, -1), np.asarray(counts.data).reshape(-1)
@@ -136,20 +145,26 @@ def _read_gguf(path: Path) -> Imatrix:
         isinstance(datasets, list | None) and isinstance(n_chunks, int | None) and isinstance(chunk_size, int | None)
     ):
         raise AaacError(
-            f"{path}: imatrix.datasets, imatrix.chunk_count or imatrix.chunk_size is of the wrong type; make the imatrix again"
+            f"{path}: imatrix.datasets, imatrix.chunk_count or imatrix.chunk_size is of the wrong type; "
+            "make the imatrix again"
         )
     return Imatrix(entries, [str(name) for name in datasets or []], n_chunks or 0, chunk_size or 0)
 
 
 def _read_dat(path: Path) -> Imatrix:
-    """The legacy layout: n_entries, then per entry name, n_calls and n values (mean x^2 times n_calls), then n_chunks and the data set's name."""
+    """Read the legacy layout.
+
+    n_entries, then for each its name, n_calls and n values (mean x^2 times n_calls), then n_chunks and the data set's
+    name.
+    """
     n_bytes = path.stat().st_size
     with open(path, "rb") as f:
 
         def take(n: int) -> bytes:
             if n < 0 or f.tell() + n > n_bytes:  # before anything is read: the length may be a lie
                 raise AaacError(
-                    f"{path}: not an importance matrix, or cut short at byte {f.tell()}; make it again with llama-imatrix"
+                    f"{path}: not an importance matrix, or cut short at byte {f.tell()}; "
+                    "make it again with llama-imatrix"
                 )
             return f.read(n)
 

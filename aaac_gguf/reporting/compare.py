@@ -10,21 +10,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType
 
 from .. import __version__
 from ..calibration import tokens as tokens_module
 from ..conversion import convert
+from ..conversion.calibrate import calibrate
+from ..conversion.job import prepare
+from ..conversion.settings import Settings
 from ..errors import AaacError
 from ..files import format as fmt
 from ..files import gguf as gguf_io
-from ..files import output
+from ..files.atomic import atomic
 from ..files.gguf import GgufFile
 from ..files.imatrix import Imatrix, write_imatrix
 from ..llama import build as llama
 from ..llama import evaluate, patch, tools
 from ..models import checkpoint
+from ..models.source import full_precision
 from ..progress import progress
 from ..resources import sha256
 from . import page, verify
@@ -77,7 +80,7 @@ class Options:
 
     types: Sequence[str] = DEFAULT_TYPES
     texts: Sequence[Path] = ()
-    settings: convert.Settings = field(default_factory=convert.Settings)
+    settings: Settings = field(default_factory=Settings)
     n_ctx: int = 512
     n_chunks: int = 64
 
@@ -101,17 +104,20 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
     files = {name: Path(name) if name.endswith(".gguf") else folder / f"{stem}-{name}.gguf" for name in types}
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix=".aaac-compare-") as name,
-        convert.full_precision(source, Path(name)) as full,
+        full_precision(source, Path(name)) as full,
     ):
-        texts = options.texts or [self_text(source, folder / "self-generated.txt", options.settings.calibration)]
+        texts = options.texts or [self_text(source, folder / "self-generated.txt", options.settings)]
         result = Comparison(
             model=stem,
             full_type=max(full.tensors.values(), key=lambda t: t.n_elements).tensor_type.name,
             full_bytes=full.path.stat().st_size,
             texts={text.name: sha256(text) for text in texts},
             settings={
-                "calibration": asdict(options.settings.calibration),
-                "embedding": options.settings.embedding.name,
+                "calibration": options.settings.calibration_kind(source),
+                "sequences": options.settings.sequences,
+                "sequence_length": options.settings.sequence_length,
+                "seed": options.settings.seed,
+                "embedding": options.settings.embedding_type,
                 "n_ctx": options.n_ctx,
                 "n_chunks": options.n_chunks,
                 "aaac_gguf": __version__,
@@ -128,11 +134,11 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
         for type_name, path in progress(files.items(), desc="comparing", unit="type"):
             seconds = None
             if type_name in OURS:
-                seconds = convert.convert(source, path, replace(options.settings, type=T[type_name])).seconds
+                seconds = convert.convert(source, path, replace(options.settings, type=type_name)).seconds
             elif type_name in STOCK:
                 imatrix = imatrix or measure_imatrix(source, full, options.settings, folder / f"{stem}-imatrix.gguf")
                 start = time.monotonic()
-                stock_quantize(full.path, path, type_name, imatrix[0], options.settings.embedding)
+                stock_quantize(full.path, path, type_name, imatrix[0], options.settings.embedding_type)
                 seconds = time.monotonic() - start + imatrix[1]
             row = describe(type_name, path, full, seconds)
             row.scores = {
@@ -146,7 +152,7 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
         "comparison.html": page.render(result),
     }
     for file_name, text_content in content.items():
-        with output.atomic(folder / file_name) as f:
+        with atomic(folder / file_name) as f:
             f.write(text_content.encode())
     return result
 
@@ -163,30 +169,30 @@ def _checked(name: str) -> str:
     return name.upper()
 
 
-def self_text(source: Path, out: Path, calibration: convert.Calibration) -> Path:
+def self_text(source: Path, out: Path, settings: Settings) -> Path:
     """Text that the model writes itself, from another seed than its calibration tokens."""
     model, tokenizer = checkpoint.load_model(source), checkpoint.load_tokenizer(source)
-    tokens = tokens_module.self_tokens(model, SELF_SEQUENCES, calibration.sequence_length, calibration.seed + 1)
+    tokens = tokens_module.self_tokens(model, SELF_SEQUENCES, settings.sequence_length, settings.seed + 1)
     out.write_text("\n".join(tokenizer.batch_decode(tokens, skip_special_tokens=True)) + "\n", encoding="utf-8")
     return out
 
 
-def measure_imatrix(source: Path, full: GgufFile, settings: convert.Settings, out: Path) -> tuple[Path | None, float]:
+def measure_imatrix(source: Path, full: GgufFile, settings: Settings, out: Path) -> tuple[Path | None, float]:
     """The importance file of the same calibration for llama-quantize, None where there is no calibration, and the seconds it took."""
     start = time.monotonic()
-    _, _, inputs = convert.outline(source, full, settings)
+    job = prepare(source, full, replace(settings, feedback=False))
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        imatrix, _ = convert.measure(source, full, inputs, replace(settings, feedback=False), [], Path(folder))
+        imatrix = calibrate(job, full, Path(folder)).imatrix
     if not imatrix.entries:
         return None, 0.0
     write_imatrix(out, imatrix)
     return out, time.monotonic() - start
 
 
-def stock_quantize(full: Path, out: Path, recipe: str, imatrix: Path | None, embedding: T) -> None:
+def stock_quantize(full: Path, out: Path, recipe: str, imatrix: Path | None, embedding_type: str) -> None:
     """llama-quantize's recipe with the importance file, embeddings and output matrix in the type that ours have."""
     importance: list[str | Path] = ["--imatrix", imatrix] if imatrix else []
-    embeddings = ["--token-embedding-type", embedding.name.lower(), "--output-tensor-type", embedding.name.lower()]
+    embeddings = ["--token-embedding-type", embedding_type.lower(), "--output-tensor-type", embedding_type.lower()]
     partial, log = out.with_name(out.name + ".partial"), out.with_suffix(".log")
     tools.run_logged_tool("llama-quantize", [*importance, *embeddings, full, partial, recipe], log)
     partial.replace(out)

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType as T
 
 from ..calibration import activations as calibrate
-from ..conversion.convert import dequantize_file
+from ..conversion.dequantize import dequantize_file
 from ..errors import AaacError
 from ..files import format as fmt
 from ..files.gguf import GgufFile, read
 from ..files.imatrix import Imatrix, read_imatrix
+from ..inference import kernels
 from ..llama import evaluate
 from ..models import checkpoint
 from ..models.source import full_precision
 from ..progress import progress
+from ..resources import SAMPLE_TEXT
 
 # Patched llama.cpp rounds activations to 8 bits, the reference does not. Stock Q8_0 differs from F32 by 0.0009 for the same reason on a small
 # model; a wrong codebook, selector or scale shows up a hundred times larger.
@@ -53,11 +54,16 @@ class Verification:
     failures: list[str] = field(default_factory=list)
 
 
-def verify(path: Path, source: Path | None, text: Path, imatrix: Path | None = None) -> Verification:
+def verify(
+    path: Path, source: Path | None = None, text: Path | None = None, imatrix: Path | None = None, gpu: bool = False
+) -> Verification:
     """Check `path`: structure, and with a `source` the tensors and the logits on `text`. Raises AaacError for a file that cannot be read at all."""
     result = Verification()
+    text = text or SAMPLE_TEXT
     file = read(path)
     check_structure(file)
+    if gpu:
+        result.failures += kernels.compare_file(file)
     if source is None:
         return result
     with tempfile.TemporaryDirectory(prefix="aaac-verify-") as scratch, full_precision(source, Path(scratch)) as full:
@@ -87,7 +93,7 @@ def verify(path: Path, source: Path | None, text: Path, imatrix: Path | None = N
             )
             result.reference = "llama.cpp on the dequantized file"
             dequantized = Path(scratch) / "dequantized.gguf"
-            dequantize_file(path, dequantized, T.F32)
+            dequantize_file(path, dequantized)
             evaluate.save_logits(dequantized, text, Path(scratch) / "reference", N_CTX)
             reference = evaluate.read_logits(Path(scratch) / "reference")
             expected = [reference.log_probabilities(i) for i in range(len(reference.tokens))]

@@ -10,6 +10,7 @@ from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.conversion import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Coverage, Entry, Imatrix, write_imatrix
 from aaac_gguf.models import checkpoint
@@ -37,8 +38,8 @@ def test_experts_that_calibration_never_reached(llama_source, tmp_path):
     counts = routed(source, tokens)
     idle = [np.flatnonzero(layer == 0).tolist() for layer in counts]
     assert all(0 < len(layer) < N_EXPERTS for layer in idle)
-    calibration = convert.Calibration(str(resources.SAMPLE_TEXT), n_sequences=1, sequence_length=24)
-    made = convert.convert(source, tmp_path / "out.gguf", convert.Settings(calibration=calibration, feedback=False))
+    settings = Settings(calibration=str(resources.SAMPLE_TEXT), sequences=1, sequence_length=24, feedback=False)
+    made = convert.convert(source, tmp_path / "out.gguf", settings)
     expected = {f"blk.{i}.{p}.weight (experts {', '.join(map(str, idle[i]))})" for i in (0, 1) for p in PROJECTIONS}
     assert made.coverage is not None
     assert set(made.coverage.missed) == expected
@@ -68,7 +69,7 @@ def test_experts_that_calibration_never_reached(llama_source, tmp_path):
         again = convert.convert(
             full.path,
             tmp_path / "again.gguf",
-            convert.Settings(calibration=convert.Calibration(imatrix=tmp_path / "imatrix.gguf"), feedback=False),
+            Settings(imatrix=tmp_path / "imatrix.gguf", feedback=False),
         )
     assert again.coverage == made.coverage
     for tensor in file.tensors:
@@ -79,8 +80,8 @@ def test_experts_that_calibration_never_reached(llama_source, tmp_path):
 
 def test_feedback_where_some_experts_saw_nothing(llama_source, tmp_path):
     source = save_random(CONFIG, tmp_path / "model")
-    calibration = convert.Calibration("self", n_sequences=1, sequence_length=4)
-    made = convert.convert(source, tmp_path / "out.gguf", convert.Settings(calibration=calibration))
+    settings = Settings(calibration="self", sequences=1, sequence_length=4)
+    made = convert.convert(source, tmp_path / "out.gguf", settings)
     assert made.coverage is not None
     assert made.coverage.share < 0.7
     with full_precision(source, tmp_path) as full:

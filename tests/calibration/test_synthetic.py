@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_source
+from gguf import GGMLQuantizationType as T
 
 from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.calibration.synthetic import ATTENDED, N_TOKENS, SHRINKAGE, SyntheticMoments
 from aaac_gguf.conversion import convert
-from aaac_gguf.conversion.encoder import Encoder, Rounding
-from aaac_gguf.conversion.plan import T
+from aaac_gguf.conversion.calibrate import Calibration
+from aaac_gguf.conversion.encoder import encode
+from aaac_gguf.conversion.job import prepare
+from aaac_gguf.conversion.plan import Rounding
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Entry, Imatrix, write_imatrix
@@ -297,18 +301,12 @@ def test_encoder_asks_for_what_is_not_measured(tensors, tmp_path):
     tensors[name] = np.tile(tensors[name], (1, 8))  # rows of whole blocks
     tensors = {"token_embd.weight": np.tile(tensors["token_embd.weight"], (1, 8)), name: tensors[name]}
     file = gguf_io.read(write_source(tmp_path / "model.gguf", tensors))
-    plans = convert.make_plan(file, T["AAAC4_G16"])
-    encode = Encoder(
-        file,
-        plans,
-        Rounding("aaac", "cpu", 0),
-        Imatrix({}),
-        [name],
-        None,
-        SyntheticMoments(file, Imatrix({})),
-        lambda name: None,
-    )
-    data, record = encode(next(p.info for p in plans if p.name == name))
+    job = prepare(tmp_path / "model.gguf", file, Settings())
+    plan = next(p for p in job.plans if p.name == name)
+    assert plan.rounding == Rounding.FEEDBACK
+    calibration = Calibration(Imatrix({}), synthetic=SyntheticMoments(file, Imatrix({})))
+    data, record = encode(plan, job, file, calibration)
+    assert record.rounding == Rounding.FEEDBACK
     hessian = SyntheticMoments(file, Imatrix({})).moments(name).inputs
     expected = quantize(load_weight(file, name, "cpu"), T["AAAC4_G16"], None, hessian)
     np.testing.assert_array_equal(data, expected.data)
@@ -357,12 +355,10 @@ def test_what_the_file_says(demo_gguf, tmp_path):
     write_imatrix(
         tmp_path / "imatrix.gguf", calibrate.importance(model, tokens, full.architecture, full.tensors, "text")
     )
-    with_imatrix = convert.Calibration(imatrix=tmp_path / "imatrix.gguf")
-    for feedback, calibration, expected in (
-        (True, with_imatrix, "synthetic"), (True, convert.Calibration("none"), "synthetic"), (False, with_imatrix, "none"),
+    with_imatrix = {"imatrix": tmp_path / "imatrix.gguf"}
+    for feedback, given, expected in (
+        (True, with_imatrix, "synthetic"), (True, {"calibration": "none"}, "synthetic"), (False, with_imatrix, "none"),
     ):  # fmt: skip
-        made = convert.convert(
-            demo_gguf, tmp_path / "out.gguf", convert.Settings(calibration=calibration, feedback=feedback)
-        )
+        made = convert.convert(demo_gguf, tmp_path / "out.gguf", Settings(**given, feedback=feedback))
         assert json.loads(gguf_io.read(tmp_path / "out.gguf").get(fmt.KEY_CALIBRATION))["feedback"] == expected
         assert made.damped == []

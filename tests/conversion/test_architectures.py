@@ -12,8 +12,9 @@ from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.conversion import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import gguf as gguf_io
-from aaac_gguf.files import output
+from aaac_gguf.files.atomic import atomic
 from aaac_gguf.files.imatrix import Coverage, write_imatrix
 from aaac_gguf.llama import evaluate
 from aaac_gguf.reporting import verify
@@ -39,9 +40,7 @@ CONFIGS = {
 def test_the_whole_way(name, patched, tmp_path):
     source = save_random(CONFIGS[name](), tmp_path / "model")
     out = tmp_path / "out.gguf"
-    settings = convert.Settings(
-        calibration=convert.Calibration(str(resources.SAMPLE_TEXT), n_sequences=4, sequence_length=256)
-    )
+    settings = Settings(calibration=str(resources.SAMPLE_TEXT), sequences=4, sequence_length=256)
     report = convert.convert(source, out, settings)
     file = gguf_io.read(out)
     quantized = {
@@ -88,7 +87,7 @@ def gpt2_gguf(model, tokenizer_from: gguf_io.GgufFile, path):
             (parameter.T if turned else parameter).detach().contiguous().numpy()
         )
     infos = [gguf_io.TensorInfo(name, t.shape, T.F32) for name, t in tensors.items()]
-    with output.atomic(path) as f:
+    with atomic(path) as f:
         f.write(gguf_io.render_header(kv, infos))
         for t in tensors.values():
             f.write(t.tobytes() + bytes(-t.nbytes % 32))
@@ -115,9 +114,7 @@ def test_gpt2(patched, demo_full, tmp_path):
     tokens, _ = tokens_module.text_tokens(resources.MODEL, resources.SAMPLE_TEXT, 4, 256)
     imatrix = calibrate.importance(model, tokens, "gpt2", full.tensors, "sample")
     write_imatrix(tmp_path / "imatrix.gguf", imatrix)
-    report = convert.convert(
-        source, out, convert.Settings(calibration=convert.Calibration(imatrix=tmp_path / "imatrix.gguf"))
-    )
+    report = convert.convert(source, out, Settings(imatrix=tmp_path / "imatrix.gguf"))
     assert len(report.tensors) == 8
     assert report.coverage == Coverage(1, [])
     assert verify.verify(out, source, resources.SAMPLE_TEXT).failures == []

@@ -1,14 +1,19 @@
-"""In which order tensors are encoded, for what inputs, and what of an interrupted run is taken over."""
+"""The order in which tensors are encoded, for which inputs, and what of an interrupted run is taken over."""
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as T
 
-from aaac_gguf.conversion import plan
-from aaac_gguf.conversion.encoder import Encoder, Rounding
-from aaac_gguf.conversion.plan import T
+from aaac_gguf.conversion.calibrate import Calibration
+from aaac_gguf.conversion.encoder import quantized_tensors
+from aaac_gguf.conversion.job import prepare
+from aaac_gguf.conversion.plan import Rounding, make_plan
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Imatrix
+from aaac_gguf.files.journal import Journal
+from aaac_gguf.files.output import Output
 from aaac_gguf.models.weights import load_weight
 from aaac_gguf.quantizer.moments import Moments
 from aaac_gguf.quantizer.quantize import quantize
@@ -17,7 +22,7 @@ Q, DOWN = "blk.0.attn_q.weight", "blk.0.ffn_down.weight"
 
 
 class OneBlock:
-    """Stands in for `BlockMoments`: one block that multiplies with attn_q, then with ffn_down, and notes what is put where."""
+    """Stands in for `BlockMoments`: one block that multiplies with attn_q, then with ffn_down, and notes its calls."""
 
     def __init__(self):
         self.position, self.events, self.seen = 0, [], {}
@@ -45,53 +50,68 @@ class OneBlock:
         self.events.append(("advance", "", None))
         self.position = 1
 
+    @property
+    def replaced(self):
+        return [(name, weight) for kind, name, weight in self.events if kind == "replace"]
+
 
 @pytest.fixture
 def file(source):
     return gguf_io.read(source)
 
 
-def encoder(file, moments, written):
-    plans = plan.make_plan(file, T["AAAC4_G16"])
-    names = [p.name for p in plans if p.type == T["AAAC4_G16"]]
-    assert sorted(names) == [Q, DOWN]
-    return Encoder(file, plans, Rounding("aaac", "cpu", 0), Imatrix({}), names, moments, None, written), plans
+@pytest.fixture
+def run(file, tmp_path):
+    """run(moments, finished): encode everything that is not finished, in the order of the encoder."""
+
+    def encode_all(moments, finished=()):
+        job = prepare(file.path, file, Settings())
+        job = type(job)(**{**vars(job), "plans": make_plan(file, job.settings, "measured")})
+        with Journal(tmp_path / "out.gguf") as journal:
+            output = Output(job.layout(tmp_path / "out.gguf"), journal, {})
+            for name, (data, record) in dict(finished).items():
+                output.put(name, data, record)
+            return dict(quantized_tensors(job, file, Calibration(Imatrix({}), measured=moments), output))
+
+    return encode_all
 
 
-def test_a_block_is_quantized_in_the_order_of_its_products(file):
+def test_a_block_is_quantized_in_the_order_of_its_products(file, run):
     moments = OneBlock()
-    encode, plans = encoder(file, moments, lambda name: None)
-    made = {p.name: encode(p.info) for p in plans}
-    assert [event[:2] for event in moments.events] == [
-        ("layer", Q),
-        ("replace", Q),
-        ("layer", DOWN),
-        ("replace", DOWN),
-        ("advance", ""),
-    ]
-    for name, weight in [(name, weight) for kind, name, weight in moments.events if kind == "replace"]:
+    made = run(moments)
+    expected_events = [("layer", Q), ("replace", Q), ("layer", DOWN), ("replace", DOWN), ("advance", "")]
+    assert [event[:2] for event in moments.events] == expected_events
+    for name, weight in moments.replaced:
         seen, full = moments.seen[name], load_weight(file, name, "cpu")
         expected = quantize(seen.target(full), T["AAAC4_G16"], None, seen.inputs)
         data, record = made[name]
         np.testing.assert_array_equal(data, expected.data)
         np.testing.assert_array_equal(weight, gguf_io.dequantize(data, T["AAAC4_G16"], record.codec))
+        assert record.rounding == Rounding.FEEDBACK
         assert not torch.allclose(seen.target(full), full, atol=0.01)
-    assert made["blk.0.attn_norm.weight"][1] is None
-    assert encode.ready == {}
+    assert made["blk.0.attn_norm.weight"][1].rounding == Rounding.COPY
+    assert set(made) == set(file.tensors)
 
 
 @pytest.mark.parametrize("finished", [[Q], [Q, DOWN]])
-def test_what_is_written_is_put_in_place_and_not_made_again(file, finished):
-    first = OneBlock()
-    encode, plans = encoder(file, first, lambda name: None)
-    made = {p.name: encode(p.info) for p in plans}
-    moments = OneBlock()
-    encode, plans = encoder(file, moments, lambda name: made[name] if name in finished else None)
+def test_what_is_written_is_put_in_place_and_not_made_again(run, finished):
+    first, moments = OneBlock(), OneBlock()
+    made = run(first)
     assert moments.pending(DOWN)
-    encode._quantize_block(moments)
-    assert [name for kind, name, _ in moments.events if kind == "replace"] == [Q, DOWN]
-    assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(
-        [e for e in first.events if e[0] == "replace"], [e for e in moments.events if e[0] == "replace"], strict=True))  # fmt: skip
-    assert sorted(encode.ready) == sorted({Q, DOWN} - set(finished))
+    again = run(moments, {name: made[name] for name in finished})
+    assert [name for name, _ in moments.replaced] == [Q, DOWN]
+    for (_, a), (_, b) in zip(first.replaced, moments.replaced, strict=True):
+        assert torch.equal(a, b)
+    assert set(again) == set(made) - set(finished)
     assert any(kind == "layer" for kind, _, _ in moments.events) == (len(finished) == 1)
     assert moments.events[-1][0] == "advance"
+
+
+def test_without_moments_importance_decides(file, run):
+    """A matrix that the model never multiplied with is rounded as the type's next best way, and the record says so."""
+    moments = OneBlock()
+    del moments.seen[DOWN]
+    made = run(moments)
+    assert made[DOWN][1].rounding == Rounding.IMPORTANCE
+    np.testing.assert_array_equal(made[DOWN][0], quantize(load_weight(file, DOWN, "cpu"), T["AAAC4_G16"]).data)
+    assert made["blk.0.attn_k.weight"][1].rounding == Rounding.NEAREST  # Q8_0, its fallback type

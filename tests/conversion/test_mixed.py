@@ -10,20 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aaac_gguf import cli, resources
-from aaac_gguf.conversion.mixed import CANDIDATES, Choice, choose, measured
-from aaac_gguf.conversion.plan import TensorPlan
+from aaac_gguf.conversion.mixed import TypeOption, choose, measure
+from aaac_gguf.conversion.plan import Rounding, TensorPlan
 from aaac_gguf.files.gguf import read
 from aaac_gguf.quantizer.moments import Moments
 from aaac_gguf.quantizer.quantize import quantize
+
+# Smallest first.
+CANDIDATES = (T["AAAC4_G128"], T["AAAC4_G32"], T["AAAC4_G16"], T.Q5_K, T.Q6_K, T.Q8_0)
 
 OPTIONS = st.lists(
     st.tuples(st.integers(1, 50), st.integers(0, 1000)), min_size=1, max_size=len(CANDIDATES), unique_by=lambda o: o[0]
 )
 
 
-def tensors(sizes) -> dict[str, list[Choice]]:
+def tensors(sizes) -> dict[str, list[TypeOption]]:
     return {
-        f"t{i}": [Choice(t, n, loss / 7) for t, (n, loss) in zip(CANDIDATES, options, strict=False)]
+        f"t{i}": [TypeOption(t, n, loss / 7) for t, (n, loss) in zip(CANDIDATES, options, strict=False)]
         for i, options in enumerate(sizes)
     }
 
@@ -66,7 +69,8 @@ def test_a_small_step_does_not_hide_a_good_large_one():
 @pytest.mark.parametrize("losses", [(9, 1), (1, 9)])
 def test_the_tensor_that_hurts_most_gets_the_bits(losses):
     choices = {
-        name: [Choice(T.Q5_K, 10, loss), Choice(T.Q6_K, 12, loss / 10)] for name, loss in zip("ab", losses, strict=True)
+        name: [TypeOption(T.Q5_K, 10, loss), TypeOption(T.Q6_K, 12, loss / 10)]
+        for name, loss in zip("ab", losses, strict=True)
     }
     chosen = choose(choices, 22)
     assert chosen
@@ -81,10 +85,13 @@ def convert(source, out, *args) -> int:
 def test_a_matrix_that_matters_costs_more():
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.standard_normal((32, 256))).float()
-    plans = [TensorPlan(name, (32, 256), T.F32, T["AAAC4_G16"], "") for name in ("small", "large", "unknown")]
+    plans = [
+        TensorPlan(name, (32, 256), T.F32, T["AAAC4_G16"], Rounding.FEEDBACK, "")
+        for name in ("small", "large", "unknown")
+    ]
     stakes = {"small": 1.0, "large": 10.0}
     moments = {name: Moments(torch.eye(256), stake * torch.eye(32)) for name, stake in stakes.items()}
-    choices = measured(plans, lambda _: weight, moments.get, seed=0)
+    choices = measure(plans, lambda _: weight, moments.get, seed=0)
     for name, options in choices.items():
         assert [o.type for o in options] == list(CANDIDATES), name
         assert [o.n_bytes for o in options] == sorted(o.n_bytes for o in options)

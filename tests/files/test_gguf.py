@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from aaac_gguf.errors import AaacError
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
-from aaac_gguf.files import output
+from aaac_gguf.files.atomic import atomic
 from aaac_gguf.files.gguf import TensorInfo, Value
 
 
@@ -146,7 +146,7 @@ def test_hostile_lengths_end_at_once(tmp_path):
 def test_atomic_leaves_the_old_file_after_an_error(tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), output.atomic(path) as f:
+    with pytest.raises(RuntimeError), atomic(path) as f:
         f.write(b"half")
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -154,7 +154,7 @@ def test_atomic_leaves_the_old_file_after_an_error(tmp_path):
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path):
-    with pytest.raises(AaacError, match="the disk is full"), output.atomic(tmp_path / "out"):
+    with pytest.raises(AaacError, match="the disk is full"), atomic(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 

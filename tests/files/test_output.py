@@ -18,12 +18,13 @@ from aaac_gguf import cli, resources
 from aaac_gguf.errors import AaacError
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files import output
-from aaac_gguf.files import output as writer
+from aaac_gguf.files.journal import Journal
+from aaac_gguf.files.layout import lay_out
 from aaac_gguf.llama import evaluate, tools
 
 # Processes that have torch loaded already, forked from one that never ran it: torch's threads do not survive a fork.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "aaac_gguf.cli", "aaac_gguf.convert"])
+FORK.set_forkserver_preload(["torch", "aaac_gguf.cli", "aaac_gguf.conversion.convert"])
 
 
 def convert(source, out, *args) -> int:
@@ -179,8 +180,8 @@ def interrupted(model, tmp_path) -> Path:
     ("args", "words"),
     [
         (["--type", "AAAC4_G32"], "type is AAAC4_G32 and was AAAC4_G16"),
-        (["--tensor-type", "attn_q=F16"], "overrides is "),
-        (["--seed", "1"], "calibration is {'source': 'none', 'seed': 1} and was {'source': 'none', 'seed': 0}"),
+        (["--tensor-type", "attn_q=F16"], "tensor_types is "),
+        (["--seed", "1"], "seed is 1 and was 0"),
         (["--method", "paper"], "method is paper and was aaac"),
         (["--split-max-size", "1M"], "split_max_size is 1000000 and was None"),
     ],
@@ -203,7 +204,7 @@ def test_another_source_or_version_is_not_resumed(model, interrupted, capsys, mo
     data[-100] ^= 1
     model.write_bytes(data)
     with monkeypatch.context() as other:
-        other.setattr("aaac_gguf.conversion.convert.__version__", "9.9")
+        other.setattr("aaac_gguf.conversion.job.__version__", "9.9")
         assert convert(model, interrupted, "--resume") == 2
     assert "cannot resume, version is aaac-gguf 9.9" in capsys.readouterr().err
     assert convert(model, interrupted, "--resume") == 0
@@ -228,10 +229,10 @@ def test_a_torn_journal_line_is_dropped(model, interrupted):
     lines = journal.read_bytes().splitlines(keepends=True)
     name = json.loads(lines[-1])["tensor"]
     journal.write_bytes(b"".join(lines)[:-9])
-    with writer.Journal(interrupted, resume=True) as state:
+    with Journal(interrupted, resume=True) as state:
         assert len(state.records) == len(lines) - 2
         assert name not in state.records
-        with pytest.raises(AaacError, match="another conversion is writing it"), writer.Journal(interrupted):
+        with pytest.raises(AaacError, match="another conversion is writing it"), Journal(interrupted):
             pass
 
 
@@ -244,7 +245,7 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         write_tensor(*args)
 
-    monkeypatch.setattr(writer, "write_tensor", interrupt)
+    monkeypatch.setattr(output, "write_tensor", interrupt)
     assert convert(model, tmp_path / "out.gguf") == 130
     assert "4 tensors of " in capsys.readouterr().err
     assert not (tmp_path / "out.gguf").exists()
@@ -269,9 +270,9 @@ def test_shards_hold_what_fits(max_bytes, groups):
     """Padded sizes 128, 64, 96, 128 bytes, as llama-gguf-split counts."""
     infos = [gguf_io.TensorInfo(str(n), (n,), gguf_io.GGMLQuantizationType.F32) for n in (32, 10, 20, 32)]
     kv = {"general.architecture": gguf_io.Value("llama", gguf_io.GGUFValueType.STRING)}
-    layout = writer.shards(Path("out.gguf"), kv, infos, max_bytes)
-    assert [len(shard.tensors) for shard in layout] == groups
-    assert layout[0].path.name == ("out.gguf" if len(groups) == 1 else f"out-00001-of-{len(groups):05}.gguf")
+    shards = lay_out(Path("out.gguf"), kv, infos, max_bytes).shards
+    assert [len(shard.tensors) for shard in shards] == groups
+    assert shards[0].path.name == ("out.gguf" if len(groups) == 1 else f"out-00001-of-{len(groups):05}.gguf")
 
 
 def test_split_output_reads_like_one_file(model, tmp_path, capsys, small_units):

@@ -20,7 +20,8 @@ from gguf import GGMLQuantizationType as T
 from search_samples import check_alike, moment, samples, search_for
 
 from aaac_gguf import resources
-from aaac_gguf.conversion.convert import Calibration, Settings, convert
+from aaac_gguf.conversion.convert import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.errors import AaacError
 from aaac_gguf.files.format import G16, G32, TYPES, decode
 from aaac_gguf.files.gguf import read
@@ -197,7 +198,7 @@ def test_errors_say_what_is_wrong(cp):
 
 def test_every_tensor_of_a_file(cp, demo_gguf, tmp_path):
     out = tmp_path / "demo.gguf"
-    convert(demo_gguf, out, Settings(calibration=Calibration("none")))
+    convert(demo_gguf, out, Settings(calibration="none"))
     assert kernels.compare_file(read(out)) == []
 
 
@@ -269,7 +270,7 @@ def test_backend_ops(cuda_bin, op):
 @pytest.fixture(scope="module", params=TYPES)
 def model(request, demo_gguf, tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu") / f"demo-{request.param}.gguf"
-    convert(demo_gguf, out, Settings(type=T[request.param], calibration=Calibration("none")))
+    convert(demo_gguf, out, Settings(type=request.param, calibration="none"))
     return out
 
 

@@ -9,11 +9,11 @@ import subprocess
 import gguf
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 
 from aaac_gguf import resources
 from aaac_gguf.conversion import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.gguf import Value
 from aaac_gguf.llama import tools
@@ -35,7 +35,7 @@ def converted(patched, tmp_path_factory):
             convert.convert(
                 resources.MODEL,
                 out,
-                convert.Settings(type=T[name], calibration=convert.Calibration("none"), method="paper"),
+                Settings(type=name, calibration="none", method="paper"),
             )
         return out
 

@@ -13,6 +13,7 @@ import pytest
 
 from aaac_gguf import resources
 from aaac_gguf.conversion import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.llama import build as llama
 from aaac_gguf.llama import tools
 from aaac_gguf.reporting import demo
@@ -24,7 +25,7 @@ N_TOKENS = 24
 @pytest.fixture(scope="module")
 def aaac_file(patched, tmp_path_factory):
     out = tmp_path_factory.mktemp("served") / "demo.gguf"
-    convert.convert(resources.MODEL, out, convert.Settings(calibration=convert.Calibration("none")))
+    convert.convert(resources.MODEL, out, Settings(calibration="none"))
     return out
 
 

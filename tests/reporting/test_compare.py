@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from aaac_gguf import cli, resources
-from aaac_gguf.conversion import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.llama import evaluate
 from aaac_gguf.reporting import compare, page
 from aaac_gguf.reporting import tables as report
@@ -137,10 +137,8 @@ def test_axes_hold_their_values(values):
 @pytest.mark.llama
 def test_a_small_comparison(patched, demo_gguf, tmp_path):
     """A type of ours, one of llama.cpp's and a finished file, on text that the model writes; the imatrix comes from the same calibration."""
-    settings = convert.Settings(
-        calibration=convert.Calibration("self", n_sequences=2, sequence_length=128), feedback=False
-    )
-    compare.stock_quantize(demo_gguf, tmp_path / "q8.gguf", "Q8_0", None, convert.T.Q8_0)
+    settings = Settings(calibration="self", sequences=2, sequence_length=128, feedback=False)
+    compare.stock_quantize(demo_gguf, tmp_path / "q8.gguf", "Q8_0", None, "Q8_0")
     options = compare.Options(
         ("AAAC4_G128", "Q4_0", str(tmp_path / "q8.gguf")), settings=settings, n_ctx=128, n_chunks=4
     )

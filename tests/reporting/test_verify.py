@@ -7,9 +7,10 @@ import pytest
 
 from aaac_gguf import cli, resources
 from aaac_gguf.conversion import convert
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
-from aaac_gguf.files import output
+from aaac_gguf.files.atomic import atomic
 from aaac_gguf.files.gguf import TensorInfo
 from aaac_gguf.reporting import verify
 
@@ -18,7 +19,7 @@ from aaac_gguf.reporting import verify
 def converted(llama_source, tmp_path_factory):
     """The bundled model in AAAC4_G16, without calibration."""
     out = tmp_path_factory.mktemp("verify") / "demo.gguf"
-    convert.convert(resources.MODEL, out, convert.Settings(calibration=convert.Calibration("none")))
+    convert.convert(resources.MODEL, out, Settings(calibration="none"))
     return out
 
 
@@ -30,7 +31,7 @@ def rewrite(path, out, codecs=None, data=None):
     infos = [
         TensorInfo(name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type) for name, t in file.tensors.items()
     ]
-    with output.atomic(out) as f:
+    with atomic(out) as f:
         f.write(gguf_io.render_header(metadata, infos))
         for info in infos:
             blocks = (data or {}).get(info.name, np.asarray(file.tensors[info.name].data))
@@ -100,7 +101,7 @@ def test_logits_that_differ_are_noticed():
 
 def test_a_flipped_bit_in_the_blocks_is_named(llama_source, tmp_path, capsys):
     out = tmp_path / "g128.gguf"
-    settings = convert.Settings(type=convert.T["AAAC4_G128"], calibration=convert.Calibration("none"))
+    settings = Settings(type="AAAC4_G128", calibration="none")
     convert.convert(resources.MODEL, out, settings)
     name = "blk.1.attn_q.weight"
     blocks = np.array(gguf_io.read(out).tensors[name].data)

@@ -1,0 +1,169 @@
+"""Decide everything about a conversion that can be decided before the weights are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGUFValueType
+
+from .. import __version__
+from ..calibration.tokens import RANDOM_SHARE, text_tokens
+from ..errors import AaacError
+from ..files import format as fmt
+from ..files.gguf import GgufFile, Metadata, Value, field_values
+from ..files.imatrix import Imatrix, read_imatrix
+from ..files.layout import Layout, lay_out
+from ..models import checkpoint
+from ..quantizer.types import TENSOR_TYPES
+from ..resources import sha256
+from .plan import TensorPlan, is_searched, make_plan
+from .settings import CalibrationKind, MomentsKind, Settings, parse_type
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationInput:
+    """What a calibration starts from.
+
+    description  what the file will say of it
+    n_tokens     of text, or of what an importance file was made of
+    tokens       int64 [n, T], of a text
+    imatrix      of an importance file, checked against the model
+    """
+
+    kind: CalibrationKind
+    description: Mapping[str, Any]
+    n_tokens: int = 0
+    tokens: torch.Tensor | None = None
+    imatrix: Imatrix | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One conversion, planned.
+
+    moments      where error feedback has its second moments from
+    calibration  what it calibrates on; nothing if no tensor is rounded by search
+    plans        the output's tensors in order
+    metadata     the output's, but for the codecs
+    """
+
+    source: Path
+    settings: Settings
+    moments: MomentsKind
+    calibration: CalibrationInput
+    plans: tuple[TensorPlan, ...]
+    metadata: Metadata
+
+    @property
+    def searched(self) -> list[str]:
+        """Return the names of the tensors that are rounded by search."""
+        return [p.name for p in self.plans if is_searched(p.name, p.source_type, p.type)]
+
+    def layout(self, out: Path) -> Layout:
+        """Return the files of the output and the place of every tensor in them."""
+        return lay_out(out, self.metadata, [p.info for p in self.plans], self.settings.split_max_size)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the result depends on besides the source's weights and the mixture of types.
+
+        A conversion that resumes must agree with the interrupted one in all of it.
+        """
+        settings = {field.name: str(getattr(self.settings, field.name)) for field in fields(self.settings)}
+        return {
+            "version": f"aaac-gguf {__version__}, torch {torch.__version__}",
+            **settings,
+            "calibration": dict(self.calibration.description),
+            "plan": self.types_digest(),
+        }
+
+    def types_digest(self) -> str:
+        """Return a digest of the plan's names, shapes and types."""
+        return hashlib.sha256(repr([(p.name, p.shape, p.type) for p in self.plans]).encode()).hexdigest()
+
+    def scratch_bytes(self, header: GgufFile) -> int:
+        """Return the disk space for temporary files: a folder's weights as GGUF, activations and gradients."""
+        weights = header.n_bytes if self.source.is_dir() else 0
+        if self.moments != "measured":
+            return weights
+        n_blocks, width = (int(header.setting(key, 0)) for key in ("block_count", "embedding_length"))
+        n_tokens = int(self.calibration.n_tokens * (1 + RANDOM_SHARE))
+        return weights + 4 * (2 * (n_blocks + 1) + 1) * n_tokens * width
+
+
+def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
+    """Plan a conversion.
+
+    header: the full-precision GGUF, of which no tensor data is read. Raises AaacError for bad input of every kind that
+    shows before the weights are read.
+    """
+    plans = make_plan(header, settings, settings.moments_kind(source))
+    is_calibrated = any(is_searched(p.name, p.source_type, p.type) for p in plans)
+    moments = settings.moments_kind(source) if is_calibrated else "none"
+    if settings.mixes and moments != "measured":
+        raise AaacError(
+            "`bpw` and `size`: choose types by measured second moments; set `calibration` to a text or to 'self', "
+            "with error feedback"
+        )
+    calibration = (
+        _calibration_input(source, header, settings) if is_calibrated else CalibrationInput("none", {"source": "none"})
+    )
+    metadata = output_metadata(header, TENSOR_TYPES[parse_type(settings.type, "type")].file_type)
+    if is_calibrated:
+        description = {**calibration.description, "method": settings.method, "feedback": moments}
+        metadata[fmt.KEY_QUANTIZER] = Value(f"aaac-gguf {__version__}", GGUFValueType.STRING)
+        metadata[fmt.KEY_CALIBRATION] = Value(json.dumps(description), GGUFValueType.STRING)
+    return Job(source, settings, moments, calibration, plans, metadata)
+
+
+def output_metadata(file: GgufFile, file_type: int) -> dict[str, Value]:
+    """Return a file's metadata for an output of another type, without what belongs to its own shards and codecs."""
+    kept = {key: v for key, v in field_values(file.fields).items() if not key.startswith(("split.", "aaac."))}
+    kept["general.file_type"] = Value(int(file_type), GGUFValueType.UINT32)
+    kept["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
+    return kept
+
+
+def _calibration_input(source: Path, header: GgufFile, settings: Settings) -> CalibrationInput:
+    """Check and read what the calibration starts from.
+
+    Raises AaacError for a text that is too short, an importance file of another model, and so on.
+    """
+    kind = settings.calibration_kind(source)
+    n, length = settings.sequences, settings.sequence_length
+    if kind in ("self", "text") and source.is_file():
+        checkpoint.check_gguf(source)
+    match kind:
+        case "imatrix":
+            assert settings.imatrix
+            imatrix = read_imatrix(settings.imatrix).fitted(settings.imatrix, header.shapes)
+            n_tokens = imatrix.n_chunks * imatrix.chunk_size
+            description = {
+                "source": "imatrix",
+                "file": settings.imatrix.name,
+                "sha256": sha256(settings.imatrix),
+                "datasets": imatrix.datasets,
+                "tokens": n_tokens,
+            }
+            return CalibrationInput(kind, description, n_tokens, imatrix=imatrix)
+        case "self":
+            description = {"source": "self", "seed": settings.seed, "tokens": n * length, "sequence_length": length}
+            return CalibrationInput(kind, description, n * length)
+        case "text":
+            text = Path(str(settings.calibration))
+            tokens, digest = text_tokens(source, text, n, length)
+            description = {
+                "source": "text",
+                "file": text.name,
+                "sha256": digest,
+                "tokens": tokens.numel(),
+                "sequence_length": length,
+            }
+            return CalibrationInput(kind, description, tokens.numel(), tokens=tokens)
+    return CalibrationInput("none", {"source": "none"})

@@ -1,0 +1,109 @@
+"""Say what a conversion is asked for, and what is meant where nothing is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from gguf import GGMLQuantizationType as T
+
+from ..errors import AaacError
+from ..quantizer.types import TENSOR_TYPES, Method
+
+CalibrationKind = Literal["none", "self", "text", "imatrix"]
+MomentsKind = Literal["none", "synthetic", "measured"]
+
+PLAIN_TYPES = (T.F32, T.F16, T.BF16)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one conversion, as a user gives them. Types are given by name.
+
+    type             type of the matrices
+    embedding_type   type of token_embd and output, unless `type` has 8 bits or more
+    tensor_types     pairs of a regular expression and a type for the tensors whose name it matches; the last match wins
+    calibration      path of a text, "self" for tokens that the model samples, "none"; None for the default
+    imatrix          an importance file of llama.cpp instead of a calibration
+    sequences        calibration sequences, at most
+    sequence_length  tokens in each
+    method           "aaac", or "paper" for the paper's Algorithm 1 as published
+    feedback         error feedback; without it matrices are rounded by importance alone
+    seed             for sampled tokens, and for the groups that codebooks are fitted to
+    device           what torch calls the device of calibration and search
+    bpw              mixed precision: bits per weight of all tensor data together, at most
+    size             the same as bytes of all files together
+    split_max_size   bytes of tensor data in each file, at most; None for one file
+    """
+
+    type: str = "AAAC4_G16"
+    embedding_type: str = "Q6_K"
+    tensor_types: Sequence[tuple[str, str]] = ()
+    calibration: str | None = None
+    imatrix: Path | None = None
+    sequences: int = 64
+    sequence_length: int = 512
+    method: Method = "aaac"
+    feedback: bool = True
+    seed: int = 0
+    device: str = "cpu"
+    bpw: float | None = None
+    size: int | None = None
+    split_max_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise AaacError for settings that exclude each other or make no sense."""
+        if self.calibration and self.imatrix:
+            raise AaacError("`calibration` and `imatrix`: give one of them")
+        if self.bpw is not None and self.size is not None:
+            raise AaacError("`bpw` and `size`: give one of them")
+        if self.method not in ("aaac", "paper"):
+            raise AaacError(f"`method` {self.method}: choose aaac or paper")
+        for name in ("sequences", "sequence_length", "bpw", "size", "split_max_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise AaacError(f"`{name}` {value}: give a positive number")
+        for name in ("type", "embedding_type"):
+            parse_type(getattr(self, name), name)
+
+    @property
+    def mixes(self) -> bool:
+        """Return whether types are chosen by measured sensitivity."""
+        return self.bpw is not None or self.size is not None
+
+    def check_device(self) -> None:
+        """Raise AaacError unless torch can run on the device."""
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise AaacError(f"`device` {self.device}: torch finds no CUDA device here; use cpu")
+
+    def calibration_kind(self, source: Path) -> CalibrationKind:
+        """Return where importance comes from, for a model folder or a GGUF file."""
+        if self.imatrix:
+            return "imatrix"
+        if self.calibration in ("none", "self"):
+            return "self" if self.calibration == "self" else "none"
+        if self.calibration:
+            return "text"
+        # Nobody waits for a calibration who only asked for 8 or 16 bits.
+        rough = parse_type(self.type, "type") not in (*PLAIN_TYPES, T.Q8_0)
+        return "self" if rough and not source.is_file() else "none"
+
+    def moments_kind(self, source: Path) -> MomentsKind:
+        """Return where error feedback has its second moments from.
+
+        A model that runs, or else the weights and what importance there is.
+        """
+        if not self.feedback or self.method != "aaac":
+            return "none"
+        return "measured" if self.calibration_kind(source) in ("self", "text") else "synthetic"
+
+
+def parse_type(text: str, setting: str) -> T:
+    """Return a type by its name, in any case. Raises AaacError that names `setting` and lists the choices."""
+    by_name = {t.name: t for t in TENSOR_TYPES}
+    if text.upper() not in by_name:
+        raise AaacError(f"`{setting}` {text}: unknown type; choose from {', '.join(by_name)}")
+    return by_name[text.upper()]
