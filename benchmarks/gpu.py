@@ -117,7 +117,7 @@ def matvec_times(cp: Any, cache: int, copy: float, progress: Callable[[str], Non
         for shape_name, (n_rows, k) in SHAPES.items():
             n_bytes = n_rows * qtype.row_bytes(k)
             weights, codec = random_weights(cp, qtype, n_rows, k, copies_for(cache, n_bytes))
-            params = kernels._check_codec(qtype, codec)
+            params = kernels.codec_params(qtype, codec)
             for n in MATVEC_COLUMNS:
                 x = cp.random.default_rng(0).standard_normal((n, k), dtype=cp.float32)
                 q8, out = kernels.quantize_activations(x), cp.empty((n, n_rows), cp.float32)
@@ -148,7 +148,7 @@ def matmul_times(cp: Any, cache: int, progress: Callable[[str], None]) -> list[d
         cublas, _, _ = timed(cp, [lambda w=w, x=x, product=product: cp.matmul(x, w.T, out=product) for w in half])
         for qtype in TYPES.values():
             weights, codec = random_weights(cp, qtype, n_rows, k, copies_for(cache, n_rows * qtype.row_bytes(k)))
-            params, out = kernels._check_codec(qtype, codec), cp.empty((n, n_rows), cp.float32)
+            params, out = kernels.codec_params(qtype, codec), cp.empty((n, n_rows), cp.float32)
             launches = [
                 lambda w=w, x=x, out=out: kernels.matmul_into(qtype, params, w, x, "float16", k, out) for w in weights
             ]  # noqa: B023

@@ -119,12 +119,12 @@ def _row_stride(view: Any) -> int:
     return int(view.strides[0]) if n_rows > 1 else int(n) * int(view.itemsize)
 
 
-def _check_codec(qtype: fmt.AaacType, codec: fmt.Codec) -> np.ndarray:
+def codec_params(qtype: fmt.AaacType, codec: fmt.Codec) -> np.ndarray:
     codec.check(f"of type {qtype.name}")
     return np.array((codec.codebooks.reshape(-1), codec.scale_base, codec.scale_mantissa_bits), dtype=PARAMS)
 
 
-def _check_shape(qtype: fmt.AaacType, blocks: Any) -> tuple[int, int]:
+def check_shape(qtype: fmt.AaacType, blocks: Any) -> tuple[int, int]:
     """N and K of blocks [N, row bytes]."""
     if blocks.ndim != 2:
         raise AaacError(
@@ -181,8 +181,8 @@ def _check_activations(x: Any, k: int, blocks: Any) -> tuple[Any, str]:
 
 def _operands(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any) -> tuple[np.ndarray, Any, Any, str, int]:
     """What a product is launched with, checked: the codec as the kernels take it, the CuPy views of blocks and x, the name of x's type, and K."""
-    _, k = _check_shape(qtype, blocks)
-    params = _check_codec(qtype, codec)
+    _, k = check_shape(qtype, blocks)
+    params = codec_params(qtype, codec)
     view = _check_blocks(qtype, blocks)
     return params, view, *_check_activations(x, k, view), k
 
@@ -192,8 +192,8 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _reference(qtype: fmt.AaacType, blocks: np.ndarray, codec: fmt.Codec, x: Any) -> np.ndarray:
-    _, k = _check_shape(qtype, blocks)
-    _check_codec(qtype, codec)
+    _, k = check_shape(qtype, blocks)
+    codec_params(qtype, codec)
     _check_width(x, k)
     return (np.asarray(x, np.float64) @ fmt.decode(qtype, blocks, codec).astype(np.float64).T).astype(np.float32)
 
@@ -202,8 +202,8 @@ def dequant(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, dtype: str = "fl
     """Weights [N, K] of blocks [N, row bytes] as float32, float16 or bfloat16 (of CuPy: its bits, uint16), to the bit those of `format.decode`."""
     if dtype not in C_TYPES:
         raise AaacError(f"dtype is {dtype}, expected one of {', '.join(C_TYPES)}")
-    n_rows, k = _check_shape(qtype, blocks)
-    params = _check_codec(qtype, codec)
+    n_rows, k = check_shape(qtype, blocks)
+    params = codec_params(qtype, codec)
     if isinstance(blocks, np.ndarray):
         if dtype == "bfloat16":
             raise AaacError("NumPy has no bfloat16; decode to float32")
