@@ -137,7 +137,10 @@ class GroupSearch:
         return Candidate(codes.view(-1)[column], selectors[:, column], level, least)
 
     def _round_run(self, x: Tensor, steps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Round the 16 columns x [16, M], in cells, to each codebook with feedback. Return levels and errors [16, 2, M]."""
+        """Round the columns x [16, M], in cells, to each codebook, with feedback.
+
+        Return levels and errors, float32 [16, 2, M], in cells.
+        """
         x = x[:, None].repeat(1, 2, 1)
         rest = x.view(SELECTOR_SIZE, -1)
         values, errors = torch.empty_like(x), torch.empty_like(x)

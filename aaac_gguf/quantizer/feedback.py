@@ -43,9 +43,9 @@ _CHUNK_ROWS = {"cpu": 512}
 def feedback(
     weight: Tensor, inputs: Factor, search: TorchSearch, outputs: Tensor | None = None, sweeps: int = SWEEPS
 ) -> Encoded:
-    """Encode `weight` float32 [N, K] for least error under `inputs`, the factored H, and `outputs`, O [N, N] as measured.
+    """Encode `weight` float32 [N, K] for least error under `inputs`, the factored H, and O, if it is given.
 
-    search: any backend, for the grid of the tensor.
+    search: the search over the grid of the tensor, by any backend. outputs: O [N, N] as it was measured.
     """
     metrics = LayerMetrics(inputs, search.group_size)
 
@@ -120,7 +120,7 @@ def _in_row_blocks(
         chunks = zip(weight.split(size), numbers.split(size), strict=True)
         return [encode(rows, chunk)[1] for rows, chunk in chunks], numbers
 
-    # A block takes every 16th row. So neighbours, which are often coupled (one attention head), see each other's errors.
+    # A block takes every 16th row. Neighbours are often coupled (one attention head); so they see each other's errors.
     order = torch.cat([numbers[first::_ROW_BLOCKS] for first in range(min(_ROW_BLOCKS, n_rows))])
     u = factor(outputs[order][:, order], OUTPUT_DAMPING).u
     target = weight[order]

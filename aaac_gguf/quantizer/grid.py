@@ -77,7 +77,7 @@ class Grid:
         return 1 + torch.bucketize(scales, (nonzero[1:] + nonzero[:-1]) / 2)
 
     def cells(self, x: Tensor) -> Tensor:
-        """Return the table cell of each value of `x`, in level units, for codebook 0: int64. Add CELLS for codebook 1."""
+        """Return the table cell of each of `x`, in level units, for codebook 0: int64. Add CELLS for codebook 1."""
         return (x * CELLS_PER_UNIT + CELLS / 2).clamp_(0, CELLS - 1).to(torch.int64)
 
 

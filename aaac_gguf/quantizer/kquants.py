@@ -1,6 +1,7 @@
-"""Q5_K and Q6_K, llama.cpp's types for what deserves more than 4.5 bits: the encoders that the gguf library lacks (it has the decoders).
+"""Q5_K and Q6_K, llama.cpp's types for tensors that deserve more than 4.5 bits. The gguf library only decodes them.
 
-Scales are chosen first, from the weights as they are; quants follow by rounding, or by error feedback (`feedback.feedback_on_steps`).
+Scales are chosen first, from the weights as they are. Quants follow by rounding to nearest, or by error feedback
+(`feedback.feedback_on_steps`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _CHUNK = 1 << 22  # weights at a time
 
 @dataclass(frozen=True)
 class Steps:
-    """Scales that are chosen: a weight of run g is `step * quant - offset`, a quant a whole number from 0 to n_levels - 1.
+    """The scales of some rows. A weight is `step * quant - offset`, with a quant from 0 to n_levels - 1.
 
-    step, offset  float32 [N, K / run]
-    stored        what the blocks hold of them, uint8 [N, K / 256, bytes]
+    step, offset  float32 [N, K / run], one of each for `run` weights
+    stored        the bytes of the blocks that hold them, uint8 [N, K / 256, bytes]
     """
 
     step: Tensor
@@ -35,11 +36,11 @@ class Steps:
 
     @property
     def inverse(self) -> Tensor:
-        """1 / step, 0 where the step is."""
+        """Return 1 / step, and 0 for a step of 0."""
         return torch.where(self.step == 0, 0.0, 1 / self.step)
 
     def quants(self, weight: Tensor) -> Tensor:
-        """The nearest quants for weights [N, K], uint8 [N, K]."""
+        """Return the nearest quants for weights [N, K], uint8 [N, K]."""
         runs = weight.reshape(*self.step.shape, self.run)
         return (
             ((runs + self.offset[..., None]) * self.inverse[..., None])
@@ -50,20 +51,24 @@ class Steps:
         )
 
     def weights(self, quants: Tensor) -> Tensor:
-        """What quants [N, K] stand for, float32 [N, K]."""
+        """Return the weights that quants [N, K] stand for, float32 [N, K]."""
         runs = quants.reshape(*self.step.shape, self.run).float()
         return (runs * self.step[..., None] - self.offset[..., None]).view(quants.shape)
 
 
 @dataclass(frozen=True)
 class KQuant:
-    """One type: how its scales are chosen for weights [N, K] under error weights [N, K], and how quants and scales are packed."""
+    """The layout of one type.
+
+    steps  chooses scales for weights [N, K] under error weights [N, K]
+    pack   packs quants uint8 [B, 256] and stored scales [B, bytes] into blocks [B, block bytes]
+    """
 
     steps: Callable[[Tensor, Tensor], Steps]
-    pack: Callable[[Tensor, Tensor], Tensor]  # quants uint8 [B, 256], stored [B, bytes] -> blocks [B, block bytes]
+    pack: Callable[[Tensor, Tensor], Tensor]
 
     def packed(self, quants: Tensor, steps: Steps) -> U8:
-        """Blocks uint8 [N, row bytes]."""
+        """Return blocks uint8 [N, row bytes] of quants uint8 [N, K]."""
         blocks = self.pack(quants.view(-1, QK_K), steps.stored.flatten(0, 1))
         return blocks.view(len(quants), -1).cpu().numpy()
 
@@ -82,10 +87,10 @@ class KQuant:
 
 
 def _q6_k_steps(weight: Tensor, error_weight: Tensor) -> Steps:
-    """As `quantize_row_q6_K_ref` in ggml-quants.c: 8-bit scales per 16 weights on a float16 scale per 256."""
+    """Choose 8-bit scales for 16 weights times a float16 for 256, as `quantize_row_q6_K_ref` in ggml-quants.c does."""
     groups, a = (t.reshape(-1, QK_K // 16, 16) for t in (weight, error_weight))
     scales = _symmetric_scales(groups, a)
-    # The scale of largest magnitude becomes -128 so that int8's longer side is used.
+    # The scale of largest magnitude becomes -128, so that the longer side of int8 is used.
     extreme = scales.gather(1, scales.abs().argmax(1, keepdim=True))
     d = (extreme / -128).half()
     inv_d = torch.where(d == 0, 0.0, 1 / d.float())
@@ -96,7 +101,7 @@ def _q6_k_steps(weight: Tensor, error_weight: Tensor) -> Steps:
 
 
 def _symmetric_scales(groups: Tensor, a: Tensor) -> Tensor:
-    """Per group of 16 the scale of least weighted error, of 19 candidates around the largest weight: `make_qx_quants`."""
+    """Return the best of 19 scales around the largest weight for each group of 16, as `make_qx_quants` does."""
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     best = torch.zeros_like(extreme)
     best_gain = torch.zeros_like(extreme)
@@ -119,7 +124,10 @@ def _q6_k_pack(quants: Tensor, stored: Tensor) -> Tensor:
 
 
 def _q5_k_steps(weight: Tensor, error_weight: Tensor) -> Steps:
-    """6-bit scales and 6-bit offsets per 32 weights on two float16 per 256; both by least squares around the range, as `make_qkx3_quants`."""
+    """Choose a 6-bit scale and a 6-bit offset for 32 weights, times two float16 for 256.
+
+    Both are found by least squares for grids around the range of the weights, as `make_qkx3_quants` does.
+    """
     groups, a = (t.reshape(-1, QK_K // 32, 32) for t in (weight, error_weight))
     a = a.clamp_min(torch.finfo(torch.float32).tiny)
     low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True)
@@ -135,7 +143,8 @@ def _q5_k_steps(weight: Tensor, error_weight: Tensor) -> Steps:
             (a * q * groups).sum(-1, keepdim=True),
         )
         determinant = sw * swqq - swq * swq
-        # x = s q - m by least squares; m = 0 where all weights are one quant, or where it would be negative, which llama.cpp cannot store.
+        # x = s q - m by least squares. m is 0 if all weights have the same quant, or if it would be negative, which
+        # llama.cpp cannot store.
         s, m = (sw * swqx - swx * swq) / determinant, (swq * swqx - swqq * swx) / determinant
         alone = (determinant <= 1e-6 * sw * swqq) | (m < 0)
         s, m = torch.where(alone, swqx / swqq.clamp_min(torch.finfo(torch.float32).tiny), s), torch.where(alone, 0.0, m)
@@ -150,17 +159,17 @@ def _q5_k_steps(weight: Tensor, error_weight: Tensor) -> Steps:
 
 
 def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Non-negative values [B, 8] as codes uint8 [B, 8] times a float16 [B, 1]."""
+    """Return codes uint8 [B, 8] and a float16 [B, 1] whose products are nearest to non-negative values [B, 8]."""
     d = (values.amax(1, keepdim=True) / 63).half()
     inverse = torch.where(d == 0, 0.0, 1 / d.float())
     return (values * inverse).round().clamp(0, 63).to(torch.uint8), d
 
 
 def _pack_six_bits(scales: Tensor, offsets: Tensor) -> Tensor:
-    """`get_scale_min_k4` read backwards: 12 bytes of eight scales and eight offsets, uint8 [B, 8] each."""
-    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
-    second = offsets[:, :4] | offsets[:, 4:] >> 4 << 6
-    return torch.cat([first, second, scales[:, 4:] & 15 | (offsets[:, 4:] & 15) << 4], 1)
+    """Pack eight scales and eight offsets, uint8 [B, 8] each, into 12 bytes: the inverse of `get_scale_min_k4`."""
+    low_scales = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    low_offsets = offsets[:, :4] | offsets[:, 4:] >> 4 << 6
+    return torch.cat([low_scales, low_offsets, scales[:, 4:] & 15 | (offsets[:, 4:] & 15) << 4], 1)
 
 
 def _q5_k_pack(quants: Tensor, stored: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def scale_borders(scales: Tensor) -> tuple[Tensor, int]:
-    """Return what a bisection for the nearest nonzero scale of float32 [n] needs.
+    """Return the borders between neighbouring nonzero scales of float32 [n], and the steps of a bisection over them.
 
-    This is the borders between neighbouring scales, padded with infinity to 2^depth - 1, and depth, the number of steps.
+    The borders are padded with infinity to 2^steps - 1.
     """
     borders = (scales[2:] + scales[1:-1]) / 2
     depth = len(borders).bit_length()

@@ -21,20 +21,23 @@ from .moments import factor, output_error
 from .types import TENSOR_TYPES, Method, Quantizer
 from .weighted import WeightedTensor
 
-# A channel that calibration saw inactive keeps this share of the mean importance, so its weights are still rounded sensibly.
+# A channel that calibration saw inactive keeps this share of the mean importance, so that its weights are still rounded
+# sensibly.
 _IMPORTANCE_FLOOR = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A tensor as it is written.
+    """A tensor as it is written to a file, and how far it is from the weights.
 
-    type             its type
-    data             blocks, uint8 [..., row bytes], with the outer dimensions of the weight
-    codec            codebooks, scale base and mantissa bits of an AAAC type; None for other types
-    relative_error   sum (w - q)^2 / sum w^2
-    weighted_error   the same under the importance; with a Hessian tr(O (W - Q) H (W - Q)^T) / tr(O W H W^T), O the identity if no outputs are given
-    damping          what was added to the Hessian's diagonal, relative to its mean, the largest over the experts; 0 without a Hessian
+    type            the type of the tensor
+    data            blocks, uint8 [..., row bytes], with the outer dimensions of the weights
+    codec           the codebooks, scale base and mantissa bits of an AAAC type; None for other types
+    relative_error  sum (w - q)^2 / sum w^2
+    weighted_error  the same with each square times the importance; with a Hessian tr(O (W - Q) H (W - Q)^T) /
+                    tr(O W H W^T), where O is the identity if no outputs are given
+    damping         the number that was added to the diagonal of the Hessian, relative to its mean. It is the largest
+                    over the experts, and 0 without a Hessian.
     """
 
     type: T
@@ -45,7 +48,7 @@ class QuantizedTensor:
     damping: float
 
     def dequantize(self) -> NDArray[np.float32]:
-        """Return the weights that a reader of the file sees, float32 in the shape of the weight."""
+        """Return the weights that a reader of the file sees, float32 [..., K]."""
         return dequantize(self.data, self.type, self.codec)
 
 
@@ -60,14 +63,21 @@ def quantize(
     seed: int = 0,
     backend: str | None = None,
 ) -> QuantizedTensor:
-    """Quantize `weight`, float32 [N, K] or [E, N, K] with E experts that share the codebooks, on the device where it is.
+    """Quantize `weight`, float32 [N, K] or [E, N, K] for E experts that share the codebooks, on the device where it is.
 
-    importance: mean of x^2 per input channel, [K] or [E, K]; an expert whose importance is zero throughout was never routed to and counts as 1.
-    hessian: mean of x x^T, [K, K] or [E, K, K], taken instead of an importance: the weights are encoded with error feedback.
-    outputs: [N, N], mean of g g^T of the gradient at the outputs, up to a factor, for feedback between rows as well; goes with a Hessian and a single
-    matrix (ValueError).
-    method: "aaac", or "paper" for Algorithm 1 of the paper with absmax scales, which takes no Hessian and makes AAAC types only (ValueError).
-    Weights must be finite. The same seed gives the same bytes. Raises AaacError for rows that are not whole blocks.
+    type: a type that TENSOR_TYPES has a quantizer for.
+    importance: [K] or [E, K], the mean of x^2 for each input channel. An expert whose importance is all zero was never
+    routed to, and counts as 1.
+    hessian: [K, K] or [E, K, K], the mean of x x^T. It replaces the importance, and there is error feedback.
+    outputs: [N, N], the mean of g g^T for the gradients g at the outputs, up to a factor. With it there is feedback
+    between rows too. It needs a Hessian and a single matrix.
+    method: "aaac", or "paper" for Algorithm 1 of the paper with absmax scales. The latter takes no Hessian, and makes
+    AAAC types only.
+    seed: the same seed gives the same bytes.
+    backend: "torch", "native" or "cuda"; None for the fastest that works.
+
+    Weights must be finite. Raises AaacError for rows that are not whole blocks and for a type or backend that cannot be
+    used, and ValueError for arguments that exclude each other.
     """
     quantizer = _quantizer(type, weight.shape[-1])
     if method == "paper" and (hessian is not None or method not in quantizer.methods):
@@ -76,51 +86,68 @@ def quantize(
         raise ValueError("outputs go with a Hessian and a single matrix")
     experts = weight.reshape(-1, *weight.shape[-2:])
     n_experts, n_rows, n_per_row = experts.shape
-    largest = float(weight.abs().amax())
-    unit = _power_of_two(largest)
     if hessian is not None:
         hessian = hessian.reshape(n_experts, n_per_row, n_per_row)
         importance = hessian.diagonal(dim1=1, dim2=2)
     importance = _normalised(importance, n_experts, n_per_row, weight.device)
+    largest = float(weight.abs().amax())
+    unit = _power_of_two(largest)
     tensor = WeightedTensor(experts, importance, unit, by_magnitude=method == "aaac" and hessian is None)
-    chosen = choose_backend(weight.device, backend, feedback=hessian is not None)
-    codec = quantizer.fit(tensor, largest / unit, method, seed, chosen)
-    rounder = quantizer.rounder(codec, unit, weight.device, method, chosen)
+    search = choose_backend(weight.device, backend, feedback=hessian is not None)
+    codec = quantizer.fit(tensor, largest / unit, method, seed, search)
+    rounder = quantizer.rounder(codec, unit, weight.device, method, search)
 
-    data = []
-    sums = np.zeros((2, 2))
-    damping = 0.0
+    data, damping = [], 0.0
+    errors, totals = _SquareSums(), _SquareSums()
     for expert in range(n_experts):
-        inputs = None
-        if hessian is not None:
-            inputs = factor(hessian[expert])
-            damping = max(damping, inputs.damping)
-        for rows in row_chunks(experts[expert]) if hessian is None else [slice(0, n_rows)]:
+        metric = importance[expert] if hessian is None else hessian[expert]
+        inputs = None if hessian is None else factor(metric)
+        damping = max(damping, inputs.damping if inputs else 0.0)
+        # With feedback, rows are cut into chunks there.
+        for rows in row_chunks(experts[expert]) if inputs is None else [slice(0, n_rows)]:
             w, error_weight = tensor.rows(expert, rows)
-            packed, decoded = rounder(w, error_weight, inputs, outputs)
-            data.append(packed)
-            for row, values in enumerate((w - decoded, w)):
-                weighted = (
-                    _weighted_square(values, importance[expert])
-                    if hessian is None
-                    else output_error(values, hessian[expert], outputs)
-                )
-                sums[row] += _weighted_square(values, torch.ones_like(importance[expert])), weighted
-    relative, weighted = np.divide(sums[0], sums[1], out=np.zeros(2), where=sums[1] > 0)
+            blocks, decoded = rounder(w, error_weight, inputs, outputs)
+            data.append(blocks)
+            errors.add(w - decoded, metric, outputs)
+            totals.add(w, metric, outputs)
     return QuantizedTensor(
-        type, np.concatenate(data).reshape(*weight.shape[:-1], -1), codec, float(relative), float(weighted), damping
+        type,
+        np.concatenate(data).reshape(*weight.shape[:-1], -1),
+        codec,
+        errors.plain / totals.plain if totals.plain > 0 else 0.0,
+        errors.weighted / totals.weighted if totals.weighted > 0 else 0.0,
+        damping,
     )
 
 
+@dataclass
+class _SquareSums:
+    """The sum of the squares of some values, and the same under an importance or a Hessian."""
+
+    plain: float = 0.0
+    weighted: float = 0.0
+
+    def add(self, values: Tensor, metric: Tensor, outputs: Tensor | None) -> None:
+        """Add values [n, K]. metric: importance [K] or Hessian [K, K]."""
+        squares = values.square()
+        self.plain += float((squares @ torch.ones_like(squares[0])).double().sum())
+        if metric.dim() == 1:
+            self.weighted += float((squares @ metric).double().sum())
+        else:
+            self.weighted += output_error(values, metric, outputs)
+
+
 def _quantizer(type: T, n_per_row: int) -> Quantizer:
-    """Return the quantizer of a type. Raises AaacError for a type without one, and for rows that are not whole blocks."""
+    """Return the quantizer of a type. Raises AaacError if it has none, and for rows that are not whole blocks."""
     entry = TENSOR_TYPES.get(type)
     if not entry or not entry.quantizer:
-        raise AaacError(f"`type` {type.name}: it is not rounded by search; choose a quantized type")
+        choices = ", ".join(t.name for t, entry in TENSOR_TYPES.items() if entry.quantizer)
+        raise AaacError(f"`type` {type.name}: there is no search for this type; choose from {choices}")
     block_size = GGML_QUANT_SIZES[type][0]
     if n_per_row % block_size:
         raise AaacError(
-            f"{type.name}: rows of {n_per_row} weights are not whole blocks of {block_size}; use another type for this tensor"
+            f"{type.name}: rows of {n_per_row} weights are not whole blocks of {block_size}; "
+            "use another type for this tensor"
         )
     return entry.quantizer
 
@@ -131,14 +158,13 @@ def _power_of_two(largest: float) -> float:
 
 
 def _normalised(importance: Tensor | None, n_experts: int, n_per_row: int, device: torch.device) -> Tensor:
-    """Return importance float32 [E, K] with mean 1 over the experts that have any, 1 for the others, and a floor."""
+    """Return the importance as float32 [E, K] with a floor, of mean 1 over the experts that have any.
+
+    It is 1 for the others.
+    """
     if importance is None:
         return torch.ones(n_experts, n_per_row, device=device)
     values = importance.to(device, torch.float64).reshape(-1, n_per_row).expand(n_experts, n_per_row)
     idle = values.sum(1, keepdim=True) <= 0
     mean = values[~idle[:, 0]].mean() if not bool(idle.all()) else values.new_ones(())
     return torch.where(idle, torch.ones_like(values), values / mean).clamp_min(_IMPORTANCE_FLOOR).float()
-
-
-def _weighted_square(values: Tensor, weight: Tensor) -> float:
-    return float((values.square() @ weight).double().sum())

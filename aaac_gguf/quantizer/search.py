@@ -23,7 +23,7 @@ from .grid import CELLS, Encoded, Grid, row_chunks, scale_starts
 
 
 class WeightedGroups:
-    """Groups of weights and their error weights, [G, g / 16, 16] each: the middle dimension is that of the selectors."""
+    """Groups of weights and their error weights, [G, g / 16, 16] each, with one selector for every 16."""
 
     def __init__(self, weight: Tensor, error_weight: Tensor, group_size: int):
         self.w = weight.reshape(-1, group_size // SELECTOR_SIZE, SELECTOR_SIZE)

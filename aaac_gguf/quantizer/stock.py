@@ -1,6 +1,6 @@
-"""llama.cpp's own types of 32 weights and a float16 scale, Q4_0, IQ4_NL and Q8_0, for the same search and error feedback as ours.
+"""Q4_0, IQ4_NL and Q8_0, llama.cpp's types of 32 weights with a float16 scale.
 
-What they make runs in every llama.cpp.
+They are made by the same search and error feedback as AAAC types, and every llama.cpp runs them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,26 @@ from numpy.typing import NDArray
 from .grid import Encoded, Grid
 
 GROUP_SIZE = 32
-_FLOAT16_CODES = 0x7C00  # the bit patterns of the finite float16 values from 0 up are their own codes
+_FLOAT16_CODES = 0x7C00  # the finite float16 values from 0 up; the code of each is its bits
 
 
 @dataclass(frozen=True)
 class StockType:
-    """A table of levels, ascending; `stretch` times a level fits the search's range of [-127, 127]."""
+    """The layout of one type.
+
+    levels   ascending
+    stretch  the factor by which the search multiplies levels, to use its range of [-127, 127]
+    """
 
     levels: tuple[int, ...]
     stretch: int
     group_size: int = GROUP_SIZE
 
     def grid(self, device: torch.device | str, unit: float) -> Grid:
-        """Search tables for weights that were divided by `unit`, a power of two; codes are float16 bits, both codebooks alike."""
+        """Return the search tables for weights that were divided by `unit`, a power of two.
+
+        Scale codes are the bits of float16 numbers, and both codebooks are the same.
+        """
         levels = torch.tensor(self.levels, dtype=torch.float32, device=device) * self.stretch
         scales = (
             torch.arange(_FLOAT16_CODES, dtype=torch.int16).view(torch.float16).to(device, torch.float32) / self.stretch
@@ -36,7 +43,10 @@ class StockType:
         return Grid.from_levels(levels.repeat(2, 1), scales / unit)
 
     def pack(self, encoded: Encoded) -> NDArray[np.uint8]:
-        """Blocks uint8 [N, row bytes]: the scale, then indices as nibbles (weight j low, j + 16 high), or levels as bytes."""
+        """Return blocks uint8 [N, row bytes].
+
+        A block is the scale, and then either indices as nibbles (weight j low, j + 16 high), or levels as bytes.
+        """
         n_rows = len(encoded.indices)
         d = encoded.scale_codes.cpu().numpy().astype("<u2")[..., None].view(np.uint8)
         indices = encoded.indices.cpu().numpy().reshape(n_rows, -1, GROUP_SIZE)

@@ -10,8 +10,8 @@ class WeightedTensor:
     """The weights [E, N, K] divided by `unit`, which keeps squares inside float32, and their error weights.
 
     An error weight is the importance, float32 [E, K], of the column. With `by_magnitude` it is
-    importance * sqrt(mean(w^2) + w^2), with the mean over the row, as in llama.cpp's quantizers. The importance is known
-    for the calibration text only, and with other text the rounding of a large weight can cause a large error.
+    importance * sqrt(mean(w^2) + w^2), with the mean over the row, as in llama.cpp's quantizers. The importance is
+    known for the calibration text only, and with other text the rounding of a large weight can cause a large error.
     """
 
     def __init__(self, weight: Tensor, importance: Tensor, unit: float, by_magnitude: bool):
