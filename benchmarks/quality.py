@@ -90,25 +90,23 @@ class Calibration(BlockMoments):
         self.kept: dict[int, Any] = {}
         self.originals = {name: p.detach().clone() for name, p in self.blocks.model.named_parameters()}
 
-    def _open(self, number: int) -> Any:
-        if number not in self.kept:
-            self.kept[number] = super()._open(number)
-        return self.kept[number]
+    def record(self, i: int) -> Any:
+        if i not in self.kept:
+            self.kept[i] = super().record(i)
+        return self.kept[i]
 
     def restart(self) -> None:
         for name, p in self.blocks.model.named_parameters():
             p.data.copy_(self.originals[name])
-        self.hidden.copy_(self.full[0])
-        self.position, self.quantizing = 0, False
+        self.hidden.copy_(self.full.hidden[0])
+        self.position, self.drifting = 0, False
 
     def replace(self, name: str, weight: Tensor) -> None:
         super().replace(name, weight)
-        rows = self._rows(name)
+        parameter, rows = self.places[name].parameter, self.places.row_map(name)
         if rows is None:
-            raise SystemExit(
-                f"{name}: its rows are not those of {self.place[name][1]}; this benchmark needs them to be"
-            )
-        rows.replace(self.judged[self.place[name][1]], weight)
+            raise SystemExit(f"{name}: its rows are not those of {parameter}; this benchmark needs them to be")
+        rows.replace(self.judged[parameter], weight)
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -421,7 +419,7 @@ def main() -> None:
         names = [name for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
         calibration = Calibration(model, activations, weights, file, names, Path(folder), args.seed)
         layers = {}
-        for name in sorted(calibration.place, key=calibration.place.__getitem__):
+        for name in sorted(calibration.places.places, key=calibration.places.__getitem__):
             weight = load_weight(file, name, "cpu")
             layers[name] = Layer(weight, calibration.moments(name))
         imatrix = Imatrix(

@@ -1,7 +1,7 @@
-"""Per-channel importance of every weight matrix: run text, or tokens that the model writes itself, through transformers and watch the products.
+"""Run calibration sequences through a model, and measure the importance of every matrix's input channels.
 
-The importance of input channel k of a linear layer is I_k = sum_t x_tk^2 (arXiv 2605.08692), the diagonal of the activations' second
-moment and what llama.cpp calls an importance matrix.
+The importance of input channel k of a linear layer is I_k = sum_t x_tk^2 (arXiv 2605.08692). This is the diagonal of the
+activations' second moment, and what llama.cpp calls an importance matrix.
 """
 
 from __future__ import annotations
@@ -23,22 +23,26 @@ from ..models.blocks import Blocks
 from ..models.checkpoint import gguf_names
 from ..progress import progress
 
-Observer = Callable[[str, int, torch.Tensor], None]  # parameter name, expert (0 where there is one), inputs [tokens, K]
+# Called with a parameter's name, the expert (0 for a parameter without experts) and the inputs [tokens, K].
+Observer = Callable[[str, int, torch.Tensor], None]
+
+# Tokens that run together, in sequences of at most this many.
+BATCH_TOKENS = 2048
 
 
 class Products(TorchFunctionMode):
     """While active, reports the input of every matrix product whose weight is one of `parameters`, or a slice of one.
 
-    Watching products instead of modules also sees experts that share one 3-D parameter, and GPT-2's transposed Conv1D.
+    It watches products instead of modules, so it also sees experts that share one 3-D parameter and GPT-2's transposed
+    Conv1D.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], observer: Observer):
         super().__init__()
-        named = sorted(
-            ((p.data_ptr(), name, p) for name, p in parameters.items() if p.dim() >= 2), key=lambda item: item[0]
-        )
-        self.starts = [start for start, _, _ in named]
-        self.parameters = [(name, p) for _, name, p in named]
+        matrices = [(p.data_ptr(), name, p) for name, p in parameters.items() if p.dim() >= 2]
+        matrices.sort(key=lambda item: item[0])
+        self.starts = [start for start, _, _ in matrices]
+        self.parameters = [(name, p) for _, name, p in matrices]
         self.observer = observer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,24 +62,20 @@ class Products(TorchFunctionMode):
         name, parameter = self.parameters[i]
         offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         if offset < parameter.numel() and inputs.shape[-1] in weight.shape:
-            self.observer(
-                name,
-                offset // parameter.stride(0) if parameter.dim() == 3 else 0,
-                inputs.detach().reshape(-1, inputs.shape[-1]),
-            )
-
-
-# Tokens that run together, in sequences of at most so many.
-BATCH_TOKENS = 2048
+            expert = offset // parameter.stride(0) if parameter.dim() == 3 else 0
+            self.observer(name, expert, inputs.detach().reshape(-1, inputs.shape[-1]))
 
 
 class Activations:
-    """What every block of a model gets for every calibration sequence: `hidden`, in the model's dtype [blocks, n, T, d]."""
+    """The inputs of every block of a model for every calibration sequence.
+
+    hidden  [blocks, n, T, d] in the model's dtype, filled by `run`
+    """
 
     def __init__(self, blocks: Blocks, sequences: torch.Tensor, n_text: int, folder: Path | None = None):
         """sequences: tokens int64 [n, T], of which the first `n_text` are text.
 
-        Without a folder for the file only what one block gets is kept: [1, n, T, d].
+        folder: for the file of `hidden`. Without it only the inputs of one block are kept: [1, n, T, d].
         """
         self.blocks, self.sequences, self.n_text = blocks, sequences, n_text
         with torch.no_grad():
@@ -88,13 +88,13 @@ class Activations:
         )
 
     def batches(self, n_sequences: int) -> list[slice]:
-        """The first `n_sequences` in parts that run together, text and other sequences apart."""
+        """Split the first `n_sequences` into batches that run together; text and other sequences are kept apart."""
         size = max(BATCH_TOKENS // self.sequences.shape[1], 1)
         parts = ((0, min(self.n_text, n_sequences)), (self.n_text, n_sequences))
         return [slice(start, min(start + size, stop)) for first, stop in parts for start in range(first, stop, size)]
 
     def run(self, observer: Observer) -> None:
-        """Fill `hidden`; the products of text go to the observer. The head runs on text only."""
+        """Fill `hidden`, and report the products of text to the observer. The head runs on text only."""
         blocks, every, text = self.blocks, self.batches(len(self.sequences)), self.batches(self.n_text)
         bar = progress(total=(len(blocks) - 1) * len(every) + len(text), desc="calibrating")
         with bar, torch.no_grad():
@@ -105,16 +105,21 @@ class Activations:
                 watch, is_head = Products(blocks.parameters(i), observer), i == len(blocks) - 1
                 for batch in text if is_head else every:
                     with watch if batch in text else nullcontext():
-                        out = blocks.run(
-                            i, self.sequences[batch], self.hidden[i % len(self.hidden), batch].to(blocks.model.device)
-                        )
+                        out = self.run_block(i, batch, self.hidden[i % len(self.hidden), batch])
                     if not is_head:
                         self.hidden[(i + 1) % len(self.hidden), batch] = out
                     bar.update()
 
+    def run_block(self, i: int, batch: slice, hidden: torch.Tensor) -> torch.Tensor:
+        """Run block i on the inputs `hidden` [n, T, d] of a batch. Return its outputs, of the head the logits."""
+        return self.blocks.run(i, self.sequences[batch], hidden.to(self.blocks.model.device))
+
 
 def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in a new file, which the system keeps in memory as far as there is room. Raises OSError where the disk has none."""
+    """Return a tensor in a new file, which the system keeps in memory as far as there is room.
+
+    Raises OSError if the disk has no room.
+    """
     size = math.prod(shape)
     with open(path, "wb") as f:
         os.posix_fallocate(f.fileno(), 0, size * dtype.itemsize)
@@ -137,7 +142,11 @@ class Squares:
     def imatrix(
         self, model: Any, tokens: torch.Tensor, architecture: str, present: Collection[str], dataset: str
     ) -> Imatrix:
-        """The sums over `tokens` int64 [n, T] by GGUF tensor name; `present` are the file's tensor names."""
+        """Return the sums by GGUF tensor name.
+
+        tokens: int64 [n, T], those that were summed over; present: the GGUF file's tensor names; dataset: a name for
+        the text.
+        """
         n_layers = model.config.get_text_config().num_hidden_layers
         entries: dict[str, Entry] = {}
         for name, parameter in model.named_parameters():
@@ -155,7 +164,7 @@ class Squares:
 
 
 def importance(model: Any, tokens: torch.Tensor, architecture: str, present: Collection[str], dataset: str) -> Imatrix:
-    """Sums of squared inputs of every product over `tokens` int64 [n, T], by GGUF tensor name; `present` are the file's tensor names."""
+    """Run `tokens` int64 [n, T] through the model and return the importance matrix; see `Squares.imatrix`."""
     squares = Squares()
     Activations(Blocks(model, tokens[:1]), tokens, len(tokens)).run(squares)
     return squares.imatrix(model, tokens, architecture, present, dataset)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from aaac_gguf import resources
-from aaac_gguf.calibration import sequential
+from aaac_gguf.calibration import places, recorder
 from aaac_gguf.calibration.activations import Activations, Squares
 from aaac_gguf.calibration.sequential import BlockMoments
 from aaac_gguf.files.gguf import GgufFile
@@ -178,7 +178,7 @@ def test_equal_inputs_are_summed_once(model, demo_full, tmp_path):
 
 
 def test_too_many_outputs_are_left_out(model, demo_full, tmp_path, monkeypatch):
-    monkeypatch.setattr(sequential, "MAX_OUTPUTS", 256)
+    monkeypatch.setattr(recorder, "MAX_OUTPUTS", 256)
     moments = block_moments(model, demo_full, tmp_path, random_tokens())
     assert moments.moments(DOWN.replace("down", "up")).outputs is None
     assert moments.moments(DOWN).outputs.shape == (256, 256)
@@ -208,7 +208,7 @@ def test_experts_each_have_their_inputs(demo_full, tmp_path, monkeypatch):
     ]
     layer = model.model.layers[0]
     weights = {names[0]: layer.self_attn.q_proj.weight, names[3]: layer.mlp.experts.down_proj}
-    monkeypatch.setattr(sequential, "load_weight", lambda _, name, device: weights[name].data)
+    monkeypatch.setattr(places, "load_weight", lambda _, name, device: weights[name].data)
     moments = block_moments(model, demo_full, tmp_path, random_tokens(1, 4) % 64, names=names)
     down = moments.moments(names[3])
     assert down.inputs.shape == (8, 48, 48)
