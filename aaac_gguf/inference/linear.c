@@ -1,4 +1,4 @@
-// Decode AAAC blocks on a CPU, and multiply with them, for torch.py.
+// Decode AAAC blocks on a CPU, and multiply with them, for linear.py.
 //
 // Blocks are [n_rows, row_bytes], rows of k weights. Columns x are float32 [n, k] and products y are float32 [n, n_rows].
 // docs/format.md describes the blocks. Compiled by compiler.py for this machine.
