@@ -1,8 +1,9 @@
-"""The CUDA kernels of cuda_kernels/ on arrays: decode blocks, multiply with few columns (`matvec`) and with many (`matmul`).
+"""Call the CUDA kernels of cuda_kernels/ on arrays: `dequant`, `matvec` for few columns and `matmul` for many.
 
-Blocks are uint8 [N, row bytes] as they lie in a GGUF file, activations x are [n, K] and products float32 [n, N]. CuPy arrays and torch tensors
-on the GPU are used where they are, through DLPack, and results are of the kind of the blocks. NumPy arrays take the reference path, which is
-the format's own decoder and a product in float64. CuPy is imported, and a kernel compiled, at its first use.
+Blocks are uint8 [N, row bytes] as in a GGUF file, activations x are [n, K], and products are float32 [n, N]. CuPy
+arrays and torch tensors on the GPU are used in place, through DLPack. Results are of the same kind as the blocks. NumPy
+arrays take the reference path: the format's own decoder and a product in float64. CuPy is imported, and each kernel
+compiled, at first use.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..resources import shipped
 
 MAX_MATVEC_COLUMNS = 8
 
-# cuda_kernels/aaac_*.cuh: threads per block, and what a block covers
+# The same constants as in cuda_kernels/aaac_*.cuh: threads per block, weights per unit, rows of a tile.
 THREADS = 128
 UNIT = 32
 MATMUL_THREADS = 256
@@ -37,7 +38,10 @@ STRUCTS = {"AAAC4_G16": "aaac_g16", "AAAC4_G32": "aaac_g32", "AAAC4_G128": "aaac
 
 
 def source(name: str) -> str:
-    """cuda_kernels/`name` with its own headers put in: CuPy's cache of binaries looks at the text, not at what it includes."""
+    """Return the text of cuda_kernels/`name` with our own headers inserted.
+
+    CuPy caches binaries by the text. It does not look at included files.
+    """
     seen: set[str] = set()
 
     def expand(file: str) -> str:
@@ -52,6 +56,7 @@ def source(name: str) -> str:
 
 @functools.cache
 def _cupy() -> Any:
+    """Import CuPy. Raises AaacError if it is not installed or finds no GPU."""
     try:
         import cupy
     except ImportError as e:
@@ -69,7 +74,10 @@ def _cupy() -> Any:
 
 @functools.cache
 def kernel(file: str, expression: str) -> Any:
-    """The kernel that a C++ expression names, "aaac_matvec_q8<aaac_g16, 1>" of matvec.cu for one: a cupy.RawKernel, compiled for each device."""
+    """Return the cupy.RawKernel that a C++ expression names, for example "aaac_matvec_q8<aaac_g16, 1>" of matvec.cu.
+
+    CuPy compiles it for each device at its first launch.
+    """
     module = _cupy().RawModule(code=source(file), options=("-std=c++17",), name_expressions=(expression,))
     return module.get_function(expression)
 
@@ -83,7 +91,7 @@ def _dtype_name(array: Any) -> str:
 
 
 def _view(array: Any, what: str) -> Any:
-    """A CuPy array on the same memory; bfloat16 as its bits, uint16."""
+    """Return a CuPy array on the same memory. bfloat16 becomes its bits, uint16."""
     cupy = _cupy()
     bf16 = _dtype_name(array) == "bfloat16"
     if isinstance(array, cupy.ndarray):
@@ -103,7 +111,7 @@ def _view(array: Any, what: str) -> Any:
 
 
 def _like(array: Any, result: Any, bf16: bool = False) -> Any:
-    """`result` as the kind of `array`. bfloat16 stays uint16 bits where the library has no such type."""
+    """Return the CuPy array `result` as the same kind as `array`. For CuPy bfloat16 stays uint16 bits."""
     if not _is_torch(array):
         return result
     import torch
@@ -114,18 +122,19 @@ def _like(array: Any, result: Any, bf16: bool = False) -> Any:
 
 
 def _row_stride(view: Any) -> int:
-    """Bytes from one row to the next; of a single row what it would be, for DLPack gives a dimension of 1 any stride."""
+    """Return the bytes from one row to the next. DLPack may give a single row any stride, which is not used."""
     n_rows, n = view.shape
     return int(view.strides[0]) if n_rows > 1 else int(n) * int(view.itemsize)
 
 
 def codec_params(qtype: fmt.AaacType, codec: fmt.Codec) -> np.ndarray:
+    """Return `codec` as struct aaac_params. Raises AaacError if it is not valid."""
     codec.check(f"of type {qtype.name}")
     return np.array((codec.codebooks.reshape(-1), codec.scale_base, codec.scale_mantissa_bits), dtype=PARAMS)
 
 
 def check_shape(qtype: fmt.AaacType, blocks: Any) -> tuple[int, int]:
-    """N and K of blocks [N, row bytes]."""
+    """Return N and K of blocks uint8 [N, row bytes]. Raises AaacError if they are not whole blocks of the type."""
     if blocks.ndim != 2:
         raise AaacError(
             f"blocks have shape {list(blocks.shape)}, expected [rows, bytes]; reshape(-1, row bytes) does it"
@@ -141,7 +150,7 @@ def check_shape(qtype: fmt.AaacType, blocks: Any) -> tuple[int, int]:
 
 
 def _check_blocks(qtype: fmt.AaacType, blocks: Any) -> Any:
-    """The CuPy view of blocks, if the kernels can read them."""
+    """Return the CuPy view of blocks. Raises AaacError if the kernels cannot read them."""
     view = _view(blocks, "blocks")
     alignment = 4 if qtype.type_size % 4 == 0 else 2
     if view.strides[1] != 1 or _row_stride(view) < view.shape[1]:
@@ -155,12 +164,13 @@ def _check_blocks(qtype: fmt.AaacType, blocks: Any) -> Any:
 
 
 def _check_width(x: Any, k: int) -> None:
+    """Raise AaacError unless x is [n, k]."""
     if x.ndim != 2 or x.shape[1] != k:
         raise AaacError(f"x has shape {list(x.shape)}, expected [columns, {k}] for these weights")
 
 
 def _check_activations(x: Any, k: int, blocks: Any) -> tuple[Any, str]:
-    """The CuPy view of x [n, k] and its type's name, if the kernels can read it beside `blocks`."""
+    """Return the CuPy view of x [n, k] and its dtype's name. Raises AaacError if the kernels cannot read it."""
     _check_width(x, k)
     name = _dtype_name(x)
     if name not in C_TYPES:
@@ -173,14 +183,13 @@ def _check_activations(x: Any, k: int, blocks: Any) -> tuple[Any, str]:
             f"x has strides {list(view.strides)}, expected columns of consecutive values; make it contiguous"
         )
     if view.data.ptr % 16 or _row_stride(view) % 16:
-        raise AaacError(
-            f"x starts at {view.data.ptr:#x} with columns {view.strides[0]} bytes apart, expected multiples of 16; copy it"
-        )
+        where = f"starts at {view.data.ptr:#x} with columns {view.strides[0]} bytes apart"
+        raise AaacError(f"x {where}, expected multiples of 16; copy it")
     return view, name
 
 
 def _operands(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any) -> tuple[np.ndarray, Any, Any, str, int]:
-    """What a product is launched with, checked: the codec as the kernels take it, the CuPy views of blocks and x, the name of x's type, and K."""
+    """Check a product's arguments. Return struct aaac_params, CuPy views of blocks and x, the dtype of x, and K."""
     _, k = check_shape(qtype, blocks)
     params = codec_params(qtype, codec)
     view = _check_blocks(qtype, blocks)
@@ -192,6 +201,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _reference(qtype: fmt.AaacType, blocks: np.ndarray, codec: fmt.Codec, x: Any) -> np.ndarray:
+    """Return the product in float64, rounded to float32."""
     _, k = check_shape(qtype, blocks)
     codec_params(qtype, codec)
     _check_width(x, k)
@@ -199,7 +209,10 @@ def _reference(qtype: fmt.AaacType, blocks: np.ndarray, codec: fmt.Codec, x: Any
 
 
 def dequant(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, dtype: str = "float32") -> Any:
-    """Weights [N, K] of blocks [N, row bytes] as float32, float16 or bfloat16 (of CuPy: its bits, uint16), to the bit those of `format.decode`."""
+    """Decode blocks [N, row bytes] to weights [N, K] float32, float16 or bfloat16, bit for bit as `format.decode`.
+
+    CuPy has no bfloat16: it gets the bits as uint16.
+    """
     if dtype not in C_TYPES:
         raise AaacError(f"dtype is {dtype}, expected one of {', '.join(C_TYPES)}")
     n_rows, k = check_shape(qtype, blocks)
@@ -221,7 +234,10 @@ def dequant(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, dtype: str = "fl
 
 
 def quantize_activations(x: Any) -> Any:
-    """Activations [n, K] to the 8-bit form that `matvec` multiplies with, uint8 [n, bytes]: integers in the kernels' order, then scales of 32."""
+    """Round activations [n, K] to 8 bits as `matvec` takes them: uint8 [n, bytes].
+
+    A row has the integers, in the kernels' order, and then a float32 scale for every 32 of them.
+    """
     cupy = _cupy()
     k = int(x.shape[-1])
     if x.ndim != 2 or k == 0 or k % fmt.RUN_SIZE:
@@ -242,7 +258,10 @@ def quantize_activations(x: Any) -> Any:
 
 
 def matvec(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any, quantized: bool = True) -> Any:
-    """Products float32 [n, N] of weights [N, K] with 1 to 8 columns x [n, K]; `quantized` rounds x to 8 bits first, as llama.cpp does."""
+    """Multiply weights [N, K] with 1 to 8 columns x [n, K]: float32 [n, N].
+
+    `quantized` rounds x to 8 bits first, as llama.cpp does.
+    """
     if isinstance(blocks, np.ndarray):
         return _reference(qtype, blocks, codec, x)
     params, view, columns, name, k = _operands(qtype, blocks, codec, x)
@@ -265,7 +284,10 @@ def matvec(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any, quantized
 
 
 def matvec_into(qtype: fmt.AaacType, params: np.ndarray, view: Any, columns: Any, name: str, k: int, out: Any) -> None:
-    """The launch alone, on CuPy arrays that have been checked: columns as `quantize_activations` made them if `name` is empty, else of that float type."""
+    """Launch `matvec` on CuPy arrays that have been checked.
+
+    name: the float dtype of `columns`, or "" for columns that `quantize_activations` made.
+    """
     n, n_rows = out.shape
     width = next(w for w in (1, 2, 4, 8) if n <= w)
     args: list[Any] = [params, view, np.int64(_row_stride(view)), np.int32(n_rows), np.int32(k), columns]
@@ -280,9 +302,9 @@ def matvec_into(qtype: fmt.AaacType, params: np.ndarray, view: Any, columns: Any
 
 
 def matmul(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any) -> Any:
-    """Products float32 [n, N] of weights [N, K] with any number of columns x [n, K], on the tensor cores.
+    """Multiply weights [N, K] with any number of columns x [n, K] on the tensor cores: float32 [n, N].
 
-    Weights are rounded to float16 (to bfloat16 where x is that), float32 activations to float16, sums are float32.
+    Weights and float32 activations are rounded to float16. If x is bfloat16, so are the weights. Sums are float32.
     """
     if isinstance(blocks, np.ndarray):
         return _reference(qtype, blocks, codec, x)
@@ -290,9 +312,8 @@ def matmul(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any) -> Any:
     with view.device:
         capability = int(view.device.compute_capability)
         if capability < (80 if name == "bfloat16" else 75):
-            raise AaacError(
-                f"this GPU (compute capability {capability / 10}) has no tensor cores for {name}; matmul needs 7.5, for bfloat16 8.0"
-            )
+            gpu = f"this GPU (compute capability {capability / 10})"
+            raise AaacError(f"{gpu} has no tensor cores for {name}; matmul needs 7.5, for bfloat16 8.0")
         out = _cupy().empty((columns.shape[0], view.shape[0]), "float32")
         if out.size:
             matmul_into(qtype, params, view, columns, name, k, out)
@@ -300,7 +321,7 @@ def matmul(qtype: fmt.AaacType, blocks: Any, codec: fmt.Codec, x: Any) -> Any:
 
 
 def matmul_into(qtype: fmt.AaacType, params: np.ndarray, view: Any, columns: Any, name: str, k: int, out: Any) -> None:
-    """The launch alone, on CuPy arrays that have been checked."""
+    """Launch `matmul` on CuPy arrays that have been checked."""
     n, n_rows = out.shape
     run = kernel("matmul.cu", f"aaac_matmul<{STRUCTS[qtype.name]}, {C_TYPES[name]}>")
     args = (
@@ -317,7 +338,10 @@ def matmul_into(qtype: fmt.AaacType, params: np.ndarray, view: Any, columns: Any
 
 
 def compare_file(file: GgufFile, names: Sequence[str] = ()) -> list[str]:
-    """Decode every AAAC tensor of `file` (or those of `names`) on the GPU and with NumPy; one line for each that differs in a bit."""
+    """Decode AAAC tensors of `file` on the GPU and with NumPy. Return one line for each that differs in a bit.
+
+    names: tensors to compare; all of the file's if empty.
+    """
     cupy = _cupy()
     failures = []
     for name in names or file.tensors:
