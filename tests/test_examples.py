@@ -54,6 +54,13 @@ def test_quantize_folder_writes_the_bundled_model(tmp_path):
 
 
 @pytest.mark.slow
+def test_run_in_transformers_goes_on_after_the_prompt(tmp_path):
+    out = run_example("run_in_transformers.py", "--prompt", "The old gentleman", "--tokens", "8", cwd=tmp_path)
+    assert out.startswith("The old gentleman")
+    assert len(out.split()) > 5
+
+
+@pytest.mark.slow
 @pytest.mark.llama
 def test_from_gguf_and_imatrix_verifies_its_file(tmp_path, patched):
     out = run_example("from_gguf_and_imatrix.sh", cwd=tmp_path)
