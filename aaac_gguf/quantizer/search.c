@@ -49,7 +49,7 @@ typedef struct {
     int32_t selector[MAX_GROUP / RUN][LANES];
 } pick;
 
-// WeightedGroups.at_scale. Assigns levels to w [size], with error weights a, at the scales of `p->code`: finds selectors,
+// WeightedGroups.at_scale. Assigns levels to w [size], with error weights a, at the scales of `p->code`: selectors,
 // loss, and the least-squares scales for this assignment.
 static void at_scale(const grid *g, const lanes *restrict w, const lanes *restrict a, int size, pick *restrict p,
                      lanes least_squares) {

@@ -29,6 +29,13 @@ def random_encoded(rng: np.random.Generator, layout, n_rows: int, n_per_row: int
     )
 
 
+def codec_for(weight: torch.Tensor, layout) -> Codec:
+    """Return a table, its mirror image, and scales that reach the largest weight."""
+    book = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8)
+    base = float(weight.abs().max()) / 127 / float(scale_factors(4)[layout.n_scale_codes - 1])
+    return Codec(np.stack([book, -book[::-1]]), float(np.float32(base * 1.1)), 4)
+
+
 def search_for(codec: Codec, layout, backend: str) -> TorchSearch:
     return BACKENDS[backend](Grid.from_codec(codec, layout, "cpu"), layout.group_size)
 
@@ -65,10 +72,7 @@ def test_search_is_close_to_trying_every_scale(layout, backend):
     rng = np.random.default_rng(3)
     weight = uneven_rows(16, 512)
     error_weight = torch.from_numpy(rng.uniform(0.1, 2, 512).astype(np.float32))
-    book = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8)
-    books = np.stack([book, -book[::-1]])
-    base = float(weight.abs().max()) / 127 / float(scale_factors(4)[layout.n_scale_codes - 1])
-    search = search_for(Codec(books, float(np.float32(base * 1.1)), 4), layout, backend)
+    search = search_for(codec_for(weight, layout), layout, backend)
     difference = (weight - search.decode(search.encode(weight, error_weight))).double()
     found = (error_weight * difference.square()).sum()
 
@@ -85,8 +89,9 @@ def test_search_is_close_to_trying_every_scale(layout, backend):
 @CPU_BACKENDS
 def test_search_reports_the_errors_of_its_encoding(layout, backend):
     weight, error_weight = uneven_rows(16, 512), torch.rand(16, 512) + 0.1
-    search = search_for(random_codec(np.random.default_rng(4), 4), layout, backend)
+    search = search_for(codec_for(weight, layout), layout, backend)
     codes, selectors, errors = search.search(weight, error_weight)
+    assert len(codes.unique()) > 10
     encoded = search.encode(weight, error_weight)
     assert torch.equal(encoded.scale_codes.reshape(-1), codes.to(torch.int32))
     assert torch.equal(encoded.selectors.reshape(-1), selectors.reshape(-1).to(torch.uint8))
@@ -97,7 +102,8 @@ def test_search_reports_the_errors_of_its_encoding(layout, backend):
 @NEEDS_C
 @LAYOUTS
 def test_absmax_scales_are_the_same_for_every_backend(layout):
-    weight, codec = uneven_rows(16, 512), random_codec(np.random.default_rng(5), 3)
+    weight = uneven_rows(16, 512)
+    codec = codec_for(weight, layout)
     found, expected = (
         search_for(codec, layout, name).encode_absmax(weight, torch.ones(512)) for name in ("native", "torch")
     )

@@ -27,10 +27,12 @@ def test_fallbacks_end_at_a_type_that_fits_every_row(type):
 
 
 def test_mixed_precision_chooses_from_ascending_sizes():
-    ranked = {entry.candidate_rank: type for type, entry in TENSOR_TYPES.items() if entry.candidate_rank is not None}
-    sizes = [tensor_bytes((1, 256), ranked[rank]) for rank in range(len(ranked))]
+    candidates = [entry for entry in TENSOR_TYPES.values() if entry.candidate_rank is not None]
+    candidates.sort(key=lambda entry: entry.candidate_rank)
+    assert [entry.candidate_rank for entry in candidates] == list(range(len(candidates)))
+    sizes = [tensor_bytes((1, 256), entry.type) for entry in candidates]
     assert sizes == sorted(set(sizes))
-    assert all(TENSOR_TYPES[type].quantizer for type in ranked.values())
+    assert all(entry.quantizer for entry in candidates)
 
 
 @EVERY_TYPE
