@@ -1,53 +1,58 @@
-// The inner loops of feedback.py on a GPU: `aaac_feed_back` and `aaac_sweep` of search.c, which take the same arguments, and rounding to steps that
-// are chosen already. Not part of the patch.
+// The search with error feedback on a GPU: `aaac_feed_back` and `aaac_sweep`, which take the arguments of the functions
+// in quantizer/search.c, and rounding to steps that are chosen already. Not part of the patch. quantizer/search.py says
+// what is computed (`TorchSearch`), and this file follows its method of the same name.
 //
-// A row is decided group after group, so what runs at the same time is rows and, inside a row, candidates: 16 threads share a row, and each two of
-// them round the group at one scale, one thread with each codebook. Between candidates the 16 share out the columns. A candidate's columns wait for
-// each other, which is what the time goes to; the table of nearest levels is in shared memory, and U comes through the first-level cache.
+// The groups of a row are decided one after another, so rows run at the same time and, inside a row, candidates.
+// 16 threads share a row. Two of them round the group at one scale, one thread for each codebook. Where there are no
+// candidates, the 16 threads share the columns.
+//
+// The columns of a candidate wait for each other, and most of the time is spent there. So the table of nearest levels
+// is in shared memory, and U comes through the first-level cache.
 
 #include "aaac_device.cuh"
 
-constexpr int AAAC_PER_UNIT = 8, AAAC_CELLS = 256*AAAC_PER_UNIT; // encode.py
-constexpr int AAAC_BLOCK = 128;                                  // feedback.py: columns at most
+constexpr int AAAC_PER_UNIT = 8, AAAC_CELLS = 256*AAAC_PER_UNIT; // quantizer/grid.py
+constexpr int AAAC_BLOCK = 128;                                  // quantizer/columns.py: columns of a block at most
 constexpr int AAAC_RUN   = AAAC_SELECTOR_SIZE;
 
 constexpr int AAAC_ROW_THREADS    = 16;
 constexpr int AAAC_ROWS           = 4;
 constexpr int AAAC_SEARCH_THREADS = AAAC_ROWS*AAAC_ROW_THREADS;
 
-// What candidates leave is kept in slots, the best one beside those that are tried next.
+// The levels and errors of candidates are kept in slots: those of the best one so far, and of those that are tried
+// next.
 constexpr int AAAC_STARTS = 6, AAAC_NEARBY = 5;
-constexpr int AAAC_SLOTS  = 6; // the next one is for the group's weights left at zero
+constexpr int AAAC_SLOTS  = 6; // one more slot is for the group with all weights zero
 
-// encode.Grid: level [2][AAAC_CELLS], the nearest level in each codebook; scales [n_scales]; middles, the borders between neighbouring nonzero
-// scales, padded with infinity to 2^depth - 1 entries
+// The tables of quantizer/grid.py.
 struct aaac_grid {
-    const float * level;
-    const float * scales;
-    const float * middles;
+    const float * level;   // [2][AAAC_CELLS], the nearest level in each codebook
+    const float * scales;  // [n_scales]
+    const float * borders; // those between neighbouring nonzero scales, padded with infinity to 2^depth - 1 entries
     int32_t n_scales, depth;
 };
 
 struct alignas(16) aaac_vector { float x[4]; };
 
-// 4 more floats than a slot needs: threads that store different slots then meet different banks
+// A slot has 4 floats more than it needs, so that threads that store different slots use different banks.
 template <int G> struct aaac_row {
-    float x[AAAC_BLOCK]; // weights as errors have moved them, or gradients
+    float x[AAAC_BLOCK]; // weights after the moves by earlier errors, or gradients
     float level[AAAC_SLOTS + 1][G + 4];
     float error[AAAC_SLOTS + 1][G + 4]; // U^-T (target - q), in units of the candidate's scale
 };
 
 template <int G> struct alignas(16) aaac_shared {
-    float       level[2*AAAC_CELLS + 4]; // one cell more, of level zero
+    float       level[2*AAAC_CELLS + 4]; // one more cell has level zero
     float       inverse[AAAC_BLOCK];     // 1 / U_jj
     aaac_row<G> rows[AAAC_ROWS];
 };
 
-// What a candidate leaves: the squared error, the selectors of its runs as bits, and the slot that its levels and errors are in
+// A way to encode one group.
 struct aaac_candidate {
-    float    loss;
-    int      code, slot;
-    uint32_t second;
+    float    loss;      // squared error
+    int      code;      // of the scale
+    int      slot;      // where its levels and errors are
+    uint32_t selectors; // one bit per run
 };
 
 AAAC_DEV void aaac_load_vectors(const float * from, float * to) {
@@ -61,7 +66,7 @@ AAAC_DEV int aaac_row_thread() { return threadIdx.x % AAAC_ROW_THREADS; }
 
 template <class V> AAAC_DEV V aaac_exchange(V value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
-// The sum over the threads of a row
+// Return the sum over the threads of a row.
 AAAC_DEV float aaac_row_sum(float value) {
 #pragma unroll
     for (int mask = 1; mask < AAAC_ROW_THREADS; mask *= 2) {
@@ -70,15 +75,15 @@ AAAC_DEV float aaac_row_sum(float value) {
     return value;
 }
 
-// The best candidate of the `n` first pairs of threads, the first of equals
+// Return the best candidate of the first `n` pairs of threads, and the first one of equals.
 AAAC_DEV aaac_candidate aaac_least(aaac_candidate c, int n) {
     const float none = aaac_as_float(0x7F800000); // infinity
     int order = aaac_row_thread()/2;
-    c.loss = order < n ? fminf(c.loss, none) : none; // a candidate that overflows is NaN
+    c.loss = order < n ? fminf(c.loss, none) : none; // the loss is NaN if a candidate overflows
 #pragma unroll
     for (int mask = 2; mask < AAAC_ROW_THREADS; mask *= 2) {
-        const aaac_candidate other = { aaac_exchange(c.loss, mask), aaac_exchange(c.code, mask), aaac_exchange(c.slot, mask),
-                                       aaac_exchange(c.second, mask) };
+        const aaac_candidate other = { aaac_exchange(c.loss, mask), aaac_exchange(c.code, mask),
+                                       aaac_exchange(c.slot, mask), aaac_exchange(c.selectors, mask) };
         const int at = aaac_exchange(order, mask);
         if (other.loss < c.loss || (other.loss == c.loss && at < order)) {
             c     = other;
@@ -88,20 +93,22 @@ AAAC_DEV aaac_candidate aaac_least(aaac_candidate c, int n) {
     return c;
 }
 
-// The nearest nonzero scale's code
+// Return the code of the nearest nonzero scale.
 AAAC_DEV int aaac_scale_code(const aaac_grid & grid, float value) {
     int code = 0;
     for (int step = 1 << (grid.depth - 1); step > 0; step >>= 1) {
-        code += grid.middles[code + step - 1] < value ? step : 0;
+        code += grid.borders[code + step - 1] < value ? step : 0;
     }
     return code + 1;
 }
 
-// Rounds `target` [G] at the scale of this pair's code with feedback inside the group by the upper triangle `u` (row stride ld); code 0 stands for
-// zero weights. `inverse` is 1 / U_jj of the group. Levels and errors are stored in the pair's slot where `stored`.
+// Round `target` [G] at the scale of this pair's code, with feedback inside the group by the upper triangle `u` (row
+// stride ld). Code 0 stands for zero weights. `inverse` is 1 / U_jj of the group. If `stored`, the levels and errors
+// are stored in the pair's slot.
 template <int G>
-AAAC_DEV aaac_candidate aaac_try(const aaac_grid & grid, const aaac_shared<G> & s, aaac_row<G> & row, const float * target,
-                                 const float * __restrict__ u, int ld, const float * inverse, int code, int slot, bool stored) {
+AAAC_DEV aaac_candidate aaac_try(const aaac_grid & grid, const aaac_shared<G> & s, aaac_row<G> & row,
+                                 const float * target, const float * __restrict__ u, int ld, const float * inverse,
+                                 int code, int slot, bool stored) {
     const int     book  = threadIdx.x % 2;
     const float * level = s.level + (code ? book*AAAC_CELLS : 2*AAAC_CELLS);
     const float   top   = code ? AAAC_CELLS - 1 : 0;
@@ -138,10 +145,10 @@ AAAC_DEV aaac_candidate aaac_try(const aaac_grid & grid, const aaac_shared<G> & 
         }
         const float other  = aaac_exchange(sum, 1);
         const float sums[] = { book ? other : sum, book ? sum : other };
-        const bool  second = sums[1] < sums[0];
-        c.loss   += second ? sums[1] : sums[0];
-        c.second |= (uint32_t) second << start/AAAC_RUN;
-        if (stored && book == second) {
+        const bool  selector = sums[1] < sums[0];
+        c.loss      += selector ? sums[1] : sums[0];
+        c.selectors |= (uint32_t) selector << start/AAAC_RUN;
+        if (stored && book == selector) {
             aaac_load_vectors(value, row.level[slot] + start);
             aaac_load_vectors(error, row.error[slot] + start);
         }
@@ -151,9 +158,11 @@ AAAC_DEV aaac_candidate aaac_try(const aaac_grid & grid, const aaac_shared<G> & 
     return c;
 }
 
-// x[from .. n - 1] of a row moves by what `change` [G] of the group before `from` does to it through `rows` of U or H (row stride ld)
+// Move x[from .. n - 1] of a row by what `change` [G] of the group before `from` does to it: `rows` are those of U or H
+// (row stride ld).
 template <int G>
-AAAC_DEV void aaac_move(aaac_row<G> & row, const float * __restrict__ rows, int ld, const float * change, int from, int n) {
+AAAC_DEV void aaac_move(aaac_row<G> & row, const float * __restrict__ rows, int ld, const float * change, int from,
+                        int n) {
     for (int j = from + aaac_row_thread(); j < n; j += AAAC_ROW_THREADS) {
         float at = row.x[j];
 #pragma unroll 16
@@ -164,9 +173,11 @@ AAAC_DEV void aaac_move(aaac_row<G> & row, const float * __restrict__ rows, int 
     }
 }
 
-// Fills shared memory: the table, 1 / U_jj from `diagonal(j)`, and x from `columns` [n][n_rows]; rows beyond the last are zero
+// Fill shared memory: the table, 1 / U_jj from `diagonal(j)`, and x from `columns` [n][n_rows]. Rows after the last one
+// are zero.
 template <int G, class D>
-AAAC_DEV void aaac_prepare(const aaac_grid & grid, aaac_shared<G> & s, int n, int n_rows, const float * columns, D diagonal) {
+AAAC_DEV void aaac_prepare(const aaac_grid & grid, aaac_shared<G> & s, int n, int n_rows, const float * columns,
+                           D diagonal) {
     for (int i = threadIdx.x; i < 2*AAAC_CELLS/4; i += AAAC_SEARCH_THREADS) {
         ((aaac_vector *) s.level)[i] = ((const aaac_vector *) grid.level)[i];
     }
@@ -183,29 +194,35 @@ AAAC_DEV void aaac_prepare(const aaac_grid & grid, aaac_shared<G> & s, int n, in
     __syncthreads();
 }
 
-// Levels, selectors and code of a group at column k of a row; its q
+// Write q, levels, selectors and code of the group at column k of a row.
 template <int G>
-AAAC_DEV void aaac_write(const aaac_grid & grid, const aaac_row<G> & r, const aaac_candidate & c, int k, int row, int n_rows, float * q,
-                         float * level, uint8_t * second, int64_t * code) {
+AAAC_DEV void aaac_write(const aaac_grid & grid, const aaac_row<G> & r, const aaac_candidate & c, int k, int row,
+                         int n_rows, float * q, float * level, uint8_t * selector, int64_t * code) {
     const int t = aaac_row_thread();
     for (int j = t; j < G; j += AAAC_ROW_THREADS) {
         level[(k + j)*n_rows + row] = r.level[c.slot][j];
         q[(k + j)*n_rows + row]     = aaac_mul(grid.scales[c.code], r.level[c.slot][j]);
     }
     if (t < G/AAAC_RUN) {
-        second[(k/AAAC_RUN + t)*n_rows + row] = c.second >> t & 1;
+        selector[(k/AAAC_RUN + t)*n_rows + row] = c.selectors >> t & 1;
     }
     if (t == 0) {
         code[k/G*n_rows + row] = c.code;
     }
 }
 
-// _Rows._decide. w, q, level, error [n][n_rows]; second [n / 16][n_rows]; code [n / G][n_rows]; u: the block's upper triangle, row stride ld; starts
-// [AAAC_STARTS]; at most 2^31 / 128 rows. Grid: ceil(n_rows / AAAC_ROWS)
+// Decide the groups of a block of columns, as TorchSearch.feed_back does.
+//   w, q, level, error [n][n_rows]
+//   selector           [n / 16][n_rows]
+//   code               [n / G][n_rows]
+//   u                  the upper triangle of the block, row stride ld
+//   starts             [AAAC_STARTS]
+// At most 2^31 / 128 rows. Grid: ceil(n_rows / AAAC_ROWS)
 template <int G>
 __global__ void __launch_bounds__(AAAC_SEARCH_THREADS)
-aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const float * __restrict__ u, int ld, const float * starts, int,
-               const float * w, float * q, float * level, uint8_t * second, int64_t * code, float * error) {
+aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const float * __restrict__ u, int ld,
+               const float * starts, int, const float * w, float * q, float * level, uint8_t * selector, int64_t * code,
+               float * error) {
     __shared__ aaac_shared<G> s;
     aaac_prepare(grid, s, n, n_rows, w, [=](int j) { return u[j*ld + j]; });
     const int row  = blockIdx.x*AAAC_ROWS + threadIdx.x/AAAC_ROW_THREADS;
@@ -219,14 +236,16 @@ aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const
         for (int j = 0; j < G; ++j) {
             largest = fmaxf(largest, fabsf(target[j]));
         }
-        // one pair has the starts' place left for zero weights, whose error U^-T target is needed anyway
+        // the pair after those of the starts takes zero weights, whose error U^-T target is needed anyway
         const int slot  = pair < AAAC_STARTS ? pair : AAAC_SLOTS;
         const int start = pair < AAAC_STARTS ? aaac_scale_code(grid, largest*starts[pair]) : 0;
-        const aaac_candidate first = aaac_try(grid, s, r, target, inner, ld, s.inverse + k, start, slot, pair <= AAAC_STARTS);
+        const aaac_candidate first =
+            aaac_try(grid, s, r, target, inner, ld, s.inverse + k, start, slot, pair <= AAAC_STARTS);
         const float nothing = __shfl_sync(0xFFFFFFFFu, first.loss, 2*AAAC_STARTS, AAAC_ROW_THREADS);
         aaac_candidate best = aaac_least(first, AAAC_STARTS);
 
-        // the least-squares scale for the best start's levels, U^-T level being what its error leaves of U^-T target
+        // The least-squares scale for the levels of the best start. U^-T target minus its error, over the scale, is
+        // U^-T level.
         const float scale = grid.scales[best.code], factor = 1.0f/scale;
         float product = 0.0f, square = 0.0f;
         for (int j = t; j < G; j += AAAC_ROW_THREADS) {
@@ -242,7 +261,8 @@ aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const
         const int before  = best.code > 1 ? best.code - 1 : 1;
         const int nearby  = pair == 0 ? refined : pair == 1 ? after : before;
         const int free    = (best.slot + 1 + (pair < 2 ? pair : 2)) % AAAC_SLOTS;
-        const aaac_candidate other = aaac_least(aaac_try(grid, s, r, target, inner, ld, s.inverse + k, nearby, free, pair < 3), 3);
+        const aaac_candidate other =
+            aaac_least(aaac_try(grid, s, r, target, inner, ld, s.inverse + k, nearby, free, pair < 3), 3);
         if (other.loss < best.loss) {
             best = other;
         }
@@ -258,7 +278,7 @@ aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const
             }
         }
         if (row < n_rows) {
-            aaac_write(grid, r, best, k, row, n_rows, q, level, second, code);
+            aaac_write(grid, r, best, k, row, n_rows, q, level, selector, code);
         }
         __syncwarp();
         aaac_move(r, u + k*ld, ld, change, k + G, n);
@@ -266,12 +286,17 @@ aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const
     }
 }
 
-// _Rows._revise. gradient [n][n_rows] is H (w - q) at the block's columns on entry; h: the block's part of H, row stride ld; roots [n / G][G][G]: with
-// (H_GG)^-1 = U^T U; q, level, second and code as above: q and code are read, all are written where something better is found
+// Decide the groups of a block of columns again, as TorchSearch.sweep does.
+//   h         the part of H at the block, row stride ld
+//   roots     [n / G][G][G], the U of each group, with (H_GG)^-1 = U^T U
+//   gradient  [n][n_rows], H (w - q) at the columns of the block
+// q, level, selector and code are as in aaac_feed_back. q and code are read. A group is written if something better is
+// found.
 template <int G>
 __global__ void __launch_bounds__(AAAC_SEARCH_THREADS)
-aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const float * __restrict__ h, int ld, const float * __restrict__ roots,
-           const float * gradient, float * q, float * level, uint8_t * second, int64_t * code) {
+aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const float * __restrict__ h, int ld,
+           const float * __restrict__ roots, const float * gradient, float * q, float * level, uint8_t * selector,
+           int64_t * code) {
     __shared__ aaac_shared<G> s;
     aaac_prepare(grid, s, n, n_rows, gradient, [=](int j) { return roots[j/G*G*G + j % G*(G + 1)]; });
     const int row  = blockIdx.x*AAAC_ROWS + threadIdx.x/AAAC_ROW_THREADS;
@@ -281,7 +306,7 @@ aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const flo
     float * change = r.error[AAAC_NEARBY];
     for (int k = 0; k < n; k += G) {
         const float * root = roots + k*G;
-        // U gradient is what the group's error is now, H_GG^-1 gradient = U^T U gradient where it would rather be
+        // The present error of the group is U gradient. It is least if q moves by H_GG^-1 gradient = U^T U gradient.
         float now = 0.0f;
         for (int i = t; i < G; i += AAAC_ROW_THREADS) {
             float at = 0.0f;
@@ -308,13 +333,14 @@ aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const flo
         const int pair  = t/2 < AAAC_NEARBY ? t/2 : AAAC_NEARBY - 1;
         const int wish  = (row < n_rows ? (int) code[k/G*n_rows + row] : 1) + pair - AAAC_NEARBY/2;
         const int tried = wish < 1 ? 1 : wish >= grid.n_scales ? grid.n_scales - 1 : wish;
-        const aaac_candidate best = aaac_least(aaac_try(grid, s, r, target, root, G, s.inverse + k, tried, pair, t/2 == pair), AAAC_NEARBY);
+        const aaac_candidate best =
+            aaac_least(aaac_try(grid, s, r, target, root, G, s.inverse + k, tried, pair, t/2 == pair), AAAC_NEARBY);
         // Rounding in float32 must not let a group go back and forth.
         if (row < n_rows && best.loss < now*(1 - 1e-5f)) {
             for (int j = t; j < G; j += AAAC_ROW_THREADS) {
                 change[j] = aaac_mul(grid.scales[best.code], r.level[best.slot][j]) - q[(k + j)*n_rows + row];
             }
-            aaac_write(grid, r, best, k, row, n_rows, q, level, second, code);
+            aaac_write(grid, r, best, k, row, n_rows, q, level, selector, code);
         } else {
             for (int j = t; j < G; j += AAAC_ROW_THREADS) {
                 change[j] = 0.0f;
@@ -326,11 +352,15 @@ aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const flo
     }
 }
 
-// feedback._round_columns. w, error [n][n_rows]; quants [n][n_rows]; u: the block's upper triangle, row stride ld; step, offset, inverse
-// [n / run][n_rows], run a multiple of 16. A thread holds the columns t, t + 16 .. of its row
+// Round a block of columns to steps that are chosen already, as TorchSearch.round_to_steps does.
+//   w, error, quants       [n][n_rows]
+//   u                      the upper triangle of the block, row stride ld
+//   step, offset, inverse  [n / run][n_rows], run a multiple of 16
+// Thread t of a row holds its columns t, t + 16, ...
 __global__ void __launch_bounds__(AAAC_SEARCH_THREADS)
-aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld, int run, int n_levels, const float * step, const float * offset,
-                        const float * inverse, const float * w, uint8_t * quants, float * error) {
+aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld, int run, int n_levels,
+                        const float * step, const float * offset, const float * inverse, const float * w,
+                        uint8_t * quants, float * error) {
     const int  row   = blockIdx.x*AAAC_ROWS + threadIdx.x/AAAC_ROW_THREADS;
     const int  t     = aaac_row_thread();
     const bool valid = row < n_rows;
@@ -345,13 +375,16 @@ aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld,
         const int start = p*AAAC_ROW_THREADS;
         if (start < n) {
             const int   of  = start/run*n_rows + row;
-            const float one = valid ? step[of] : 0.0f, shift = valid ? offset[of] : 0.0f, factor = valid ? inverse[of] : 0.0f;
+            const float one    = valid ? step[of]    : 0.0f;
+            const float shift  = valid ? offset[of]  : 0.0f;
+            const float factor = valid ? inverse[of] : 0.0f;
             const float root = 1.0f/u[(start + t)*ld + start + t];
             for (int i = 0; i < AAAC_ROW_THREADS; ++i) {
                 const float * next  = u + (start + i)*ld + start;
                 const float   value = __shfl_sync(0xFFFFFFFFu, x[p], i, AAAC_ROW_THREADS);
                 const float   quant = fminf(fmaxf(rintf(aaac_mul(value + shift, factor)), 0.0f), n_levels - 1);
-                const float   left  = (value - (aaac_mul(quant, one) - shift))*__shfl_sync(0xFFFFFFFFu, root, i, AAAC_ROW_THREADS);
+                const float   left  = (value - (aaac_mul(quant, one) - shift))
+                                    * __shfl_sync(0xFFFFFFFFu, root, i, AAAC_ROW_THREADS);
                 if (valid && t == i) {
                     quants[(start + i)*n_rows + row] = (uint8_t) quant;
                     error[(start + i)*n_rows + row]  = left;
@@ -369,11 +402,13 @@ aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld,
 }
 
 #if !defined(__CUDACC_RTC__)
-#define INSTANTIATE(G)                                                                                                                          \
-    template __global__ void aaac_feed_back<G>(const AAAC_GRID_CONSTANT aaac_grid, int, int, const float * __restrict__, int, const float *, int, \
-                                               const float *, float *, float *, uint8_t *, int64_t *, float *);                                 \
-    template __global__ void aaac_sweep<G>(const AAAC_GRID_CONSTANT aaac_grid, int, int, const float * __restrict__, int,                       \
-                                           const float * __restrict__, const float *, float *, float *, uint8_t *, int64_t *);
+#define INSTANTIATE(G)                                                                                               \
+    template __global__ void aaac_feed_back<G>(const AAAC_GRID_CONSTANT aaac_grid, int, int,                         \
+                                               const float * __restrict__, int, const float *, int, const float *,   \
+                                               float *, float *, uint8_t *, int64_t *, float *);                     \
+    template __global__ void aaac_sweep<G>(const AAAC_GRID_CONSTANT aaac_grid, int, int, const float * __restrict__, \
+                                           int, const float * __restrict__, const float *, float *, float *,         \
+                                           uint8_t *, int64_t *);
 INSTANTIATE(16)
 INSTANTIATE(32)
 INSTANTIATE(128)
