@@ -20,7 +20,6 @@ from torch import Tensor
 from ..errors import AaacError
 from ..inference.kernels import kernel
 from .columns import Columns, LayerMetrics
-from .native import scale_borders
 from .search import TorchSearch
 
 # cuda_kernels/search.cu
@@ -119,6 +118,6 @@ class CudaSearch(TorchSearch):
     def _cuda_grid(self) -> tuple[np.ndarray, tuple[Tensor, ...]]:
         """The structure `aaac_grid` of search.cu, and the tensors that it points to."""
         scales = self.grid.scales.contiguous()
-        borders, depth = scale_borders(scales)
+        borders, depth = self.grid.scale_borders()
         alive = (self.grid.nearest_level.contiguous(), scales, borders)
         return np.array((*(t.data_ptr() for t in alive), len(scales), depth), dtype=GRID), alive

@@ -76,6 +76,16 @@ class Grid:
         nonzero = self.scales[1:]
         return 1 + torch.bucketize(scales, (nonzero[1:] + nonzero[:-1]) / 2)
 
+    def scale_borders(self) -> tuple[Tensor, int]:
+        """Return the borders between neighbouring nonzero scales, and the number of steps of a bisection over them.
+
+        The borders are padded with infinity to 2^steps - 1.
+        """
+        borders = (self.scales[2:] + self.scales[1:-1]) / 2
+        n_steps = len(borders).bit_length()
+        padding = borders.new_full(((1 << n_steps) - 1 - len(borders),), torch.inf)
+        return torch.cat([borders, padding]), n_steps
+
     def cells(self, x: Tensor) -> Tensor:
         """Return the table cell of each of `x`, in level units, for codebook 0: int64. Add CELLS for codebook 1."""
         return (x * CELLS_PER_UNIT + CELLS / 2).clamp_(0, CELLS - 1).to(torch.int64)

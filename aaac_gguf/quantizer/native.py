@@ -26,17 +26,6 @@ def library() -> ctypes.CDLL | None:
     return c_library(_SOURCE)
 
 
-def scale_borders(scales: Tensor) -> tuple[Tensor, int]:
-    """Return the borders between neighbouring nonzero scales of float32 [n], and the steps of a bisection over them.
-
-    The borders are padded with infinity to 2^steps - 1.
-    """
-    borders = (scales[2:] + scales[1:-1]) / 2
-    depth = len(borders).bit_length()
-    padding = borders.new_full(((1 << depth) - 1 - len(borders),), torch.inf)
-    return torch.cat([borders, padding]), depth
-
-
 class _NativeGrid(ctypes.Structure):
     """`grid` of search.c."""
 
@@ -46,7 +35,7 @@ class _NativeGrid(ctypes.Structure):
 
     def __init__(self, grid: Grid):
         scales = grid.scales.contiguous()
-        borders, depth = scale_borders(scales)
+        borders, depth = grid.scale_borders()
         self._alive = (grid.nearest_level.contiguous(), grid.nearest_index.contiguous(), scales, borders)
         super().__init__(*(t.data_ptr() for t in self._alive), len(scales), depth)
 
