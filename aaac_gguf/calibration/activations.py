@@ -1,7 +1,7 @@
 """Run calibration sequences through a model, and measure the importance of every matrix's input channels.
 
-The importance of input channel k of a linear layer is I_k = sum_t x_tk^2 (arXiv 2605.08692). This is the diagonal of the
-activations' second moment, and what llama.cpp calls an importance matrix.
+The importance of input channel k of a linear layer is I_k = sum_t x_tk^2 (arXiv 2605.08692). It is the diagonal of the
+activations' second moment, and llama.cpp calls it an importance matrix.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Activations:
             for batch in every:
                 self.hidden[0, batch] = blocks.embed(self.sequences[batch])
             for i in range(len(blocks)):
-                blocks.hold(i)
+                blocks.load(i)
                 watch, is_head = Products(blocks.parameters(i), observer), i == len(blocks) - 1
                 for batch in text if is_head else every:
                     with watch if batch in text else nullcontext():

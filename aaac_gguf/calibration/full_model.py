@@ -54,7 +54,7 @@ class FullModel:
 
         The block must still have its full-precision weights.
         """
-        self.blocks.hold(i)
+        self.blocks.load(i)
         recorder = InputRecorder(self.blocks.parameters(i), wanted)
         inputs = []
         for batch, weight in zip(self.batches, self.weights, strict=True):

@@ -60,7 +60,7 @@ class TensorPlaces:
     def parameter(self, name: str) -> torch.nn.Parameter:
         """Return the parameter that holds a tensor, its block loaded."""
         place = self.places[name]
-        self.blocks.hold(place.block)
+        self.blocks.load(place.block)
         return self.blocks.parameters(place.block)[place.parameter]
 
     def row_map(self, name: str) -> RowMap | None:

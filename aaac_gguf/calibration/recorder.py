@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.blocks import Reached
+from ..models.blocks import StopForward
 from ..quantizer.moments import Moments
 from .activations import Products
 
@@ -62,7 +62,7 @@ class InputRecorder(Products):
         seen = self.inputs.get((name, expert))
         self.inputs[name, expert] = inputs if seen is None else torch.cat([seen, inputs])
         if name == self.last:
-            raise Reached(inputs)
+            raise StopForward(inputs)
 
     def _add_gradient(self, name: str, g: Tensor) -> None:
         add_product(self.outputs, name, self.weight, g, g)

@@ -134,7 +134,7 @@ class BlockMoments:
 
     def _quantized_inputs(self, i: int, parameter: str) -> Iterator[LayerInputs]:
         """Yield by batch the inputs of one parameter of block i, as the model is now."""
-        self.blocks.hold(i)
+        self.blocks.load(i)
         parameters = self.blocks.parameters(i)
         # Experts have more than one product.
         last = parameter if parameters[parameter].dim() == 2 else None

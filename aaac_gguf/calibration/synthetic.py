@@ -1,11 +1,12 @@
-"""Second moments for error feedback where no model runs: what the weights and an importance matrix say of every matrix's inputs.
+"""Estimate second moments where no model runs, from the weights and an importance matrix.
 
-An importance matrix holds the mean of x_k^2 of every input channel k, the diagonal of `H = E[x x^T]`. How channels go together is in the weights:
-the residual stream is the sum of embeddings and of all that the blocks before have added to it. So random tokens go through the blocks, which are
-known by the names of their tensors. Which tokens attend to which nobody knows, so each head attends at random. Before each matrix every channel is
-scaled to the mean square that the importance matrix has of it.
+An importance matrix holds the mean of x_k^2 of every input channel k: the diagonal of `H = E[x x^T]`. The weights tell
+how channels go together, because the residual stream is the sum of embeddings and of all that the blocks before have
+added to it. So random tokens go through the blocks, whose parts are known by the names of their tensors. Nobody knows
+which tokens attend to which, so each head attends at random. Before each matrix every channel is scaled to the mean
+square that the importance matrix gives.
 
-What a block has besides attention and a dense feed-forward network adds nothing here, and has no moments.
+Parts of a block other than attention and a dense feed-forward network add nothing here, and have no moments.
 """
 
 from __future__ import annotations
@@ -18,33 +19,46 @@ from ..files.imatrix import Imatrix
 from ..models.weights import load_weight
 from ..quantizer.moments import Moments
 
+# Random tokens that go through the blocks.
 N_TOKENS = 8192
-SHRINKAGE = 0.05  # the share of every correlation that would not be believed of any number of tokens
-ATTENDED, SCORE_DEVIATION = 8, 4.0  # every head sees so many tokens, with the softmax of normal scores
+# How far correlations between channels shrink towards zero, however many tokens show them.
+SHRINKAGE = 0.05
+# Every head attends to this many tokens, by the softmax of normal scores of this standard deviation.
+ATTENDED, SCORE_DEVIATION = 8, 4.0
 
 _NORM_EPSILON = 1e-5
-_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # what multiplies the normalised residual stream
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # the matrices that multiply the normalised residual stream
 _FEED_FORWARD = ("ffn_gate", "ffn_up")
 
 
 class SyntheticMoments:
-    """Second moments by GGUF tensor, to be asked for in the order of the blocks: in memory is what one block computes."""
+    """Second moments by GGUF tensor.
+
+    They must be asked for in the order of the blocks, since only one block's inputs are in memory.
+
+    position  the next block to run; the number of blocks stands for the head
+    inputs    float32 [N_TOKENS, K] by tensor, of the block before `position`
+    residual  float32 [N_TOKENS, d]: the residual stream after it
+    """
 
     def __init__(self, file: GgufFile, imatrix: Imatrix, device: str = "cpu", seed: int = 0):
-        """file: the full-precision model; imatrix: may lack tensors, whose inputs are taken as they come."""
+        """Draw tokens. file: the full-precision model; imatrix: may lack tensors, whose inputs are then not scaled."""
         self.file, self.shapes, self.imatrix, self.device = file, file.shapes, imatrix, device
         self.n_blocks = 1 + max(block_number(name, -1) for name in self.shapes)
         self.position = 0
-        self.inputs: dict[str, Tensor] = {}  # float32 [N_TOKENS, K] by tensor, of the block before `position`
+        self.inputs: dict[str, Tensor] = {}
         n_vocab, width = self.shapes["token_embd.weight"]
         self.generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n_vocab, (N_TOKENS,), generator=self.generator)
-        # Gemma's factor is in no metadata.
+        # Gemma's factor is not in the metadata.
         factor = width**0.5 if file.architecture.startswith("gemma") else self._setting("embedding_scale", 1.0)
         self.residual = load_weight(file, "token_embd.weight", device, drawn) * factor
 
     def moments(self, name: str) -> Moments | None:
-        """The moments of a tensor's inputs; None where nothing is known of them. Raises ValueError for a block that has gone by."""
+        """Return the moments of a tensor's inputs; None if nothing is known of them.
+
+        Raises ValueError for a tensor of a block before the one that was asked for last.
+        """
         number = self.n_blocks if name == "output.weight" else block_number(name, -1)
         if number < 0:
             return None
@@ -62,16 +76,16 @@ class SyntheticMoments:
         x = self.inputs[name]
         moments = x.T @ x / len(x)
         diagonal = moments.diagonal().clone()
-        moments *= (
-            (1 - SHRINKAGE) * len(x) / sum(x.shape)
-        )  # as if as many tokens as there are channels had shown no correlation at all
+        # As if as many tokens as there are channels had shown no correlation at all, and then SHRINKAGE.
+        moments *= (1 - SHRINKAGE) * len(x) / sum(x.shape)
         moments.diagonal().copy_(diagonal)
         return Moments(moments, None)
 
     def _run_block(self, block: str) -> None:
-        """Let the residual stream go through a block, and keep what its matrices multiply."""
+        """Send the residual stream through a block, and keep the inputs of the block's matrices."""
         scale = self._setting("residual_scale", 1.0)
-        # In some architectures `post_attention_norm` is what others call `ffn_norm`. Without either the two halves of a block work side by side.
+        # In some architectures `post_attention_norm` is what others call `ffn_norm`. Without either, attention and
+        # feed-forward network have the same inputs.
         has_ffn_norm, has_post_norm = self._has(block + "ffn_norm"), self._has(block + "post_attention_norm")
         before = self.residual
         x = self._input([block + stem for stem in _ATTENTION], self._normalised(before, block + "attn_norm"))
@@ -92,7 +106,10 @@ class SyntheticMoments:
         self.residual = self.residual + scale * out
 
     def _heads(self, block: str, x: Tensor) -> Tensor | None:
-        """What `attn_output` multiplies, for the inputs x of attention: every head's mixture of values, of other tokens for other heads."""
+        """Return the inputs of `attn_output` for the inputs x of attention; None if they are not known.
+
+        Every head mixes the values of several tokens, other heads those of other tokens.
+        """
         if not self._writes(block + "attn_output"):
             return None
         width = self.shapes[block + "attn_output.weight"][1]
@@ -100,37 +117,39 @@ class SyntheticMoments:
             values = self._product(x, block + "attn_v")
         elif self._has(block + "attn_qkv", x.shape[1]):
             values = self._product(x, block + "attn_qkv")
-            values = values[
-                :, (values.shape[1] + width) // 2 :
-            ]  # behind as many keys, and queries that are as wide as the heads
+            # Queries, as wide as the heads, come first, then keys, then as many values.
+            values = values[:, (values.shape[1] + width) // 2 :]
         else:
             return None
         n_groups = int(self._setting("attention.head_count_kv", self._setting("attention.head_count", 1)))
         if not n_groups or values.shape[1] % n_groups or width % values.shape[1]:
             return None
         grouped = values.view(N_TOKENS, n_groups, 1, -1)
-        n_heads = width // values.shape[1]  # of a group
+        n_heads = width // values.shape[1]  # in each group
         scores = SCORE_DEVIATION * torch.randn(N_TOKENS, n_groups, n_heads, ATTENDED, generator=self.generator)
         attention = scores.softmax(-1).to(x.device)
         out = torch.zeros(N_TOKENS, n_groups, n_heads, grouped.shape[-1], device=x.device)
         for i, weight in enumerate(attention.unbind(-1)):
-            # Tokens are drawn at random, so the i-th before each is one.
+            # Tokens are drawn at random, so the one i places before each is a random one.
             seen = torch.cat([grouped.roll(ATTENDED * head + i, 0) for head in range(n_heads)], 2)
             out += weight[..., None] * seen
         return out.view(N_TOKENS, width)
 
     def _activated(self, block: str, x: Tensor) -> Tensor:
-        """What `ffn_down` multiplies, for the inputs x of the feed-forward network."""
+        """Return the inputs of `ffn_down` for the inputs x of the feed-forward network."""
         up = self._product(x, block + "ffn_up")
         if self._has(block + "ffn_gate"):
             return torch.nn.functional.silu(self._product(x, block + "ffn_gate")) * up
-        if up.shape[1] == 2 * self.shapes[block + "ffn_down.weight"][1]:  # both in one
+        if up.shape[1] == 2 * self.shapes[block + "ffn_down.weight"][1]:  # gate and up are one matrix
             gate, up = up.chunk(2, 1)
             return torch.nn.functional.silu(gate) * up
         return torch.nn.functional.gelu(up)
 
     def _input(self, stems: list[str], x: Tensor) -> Tensor:
-        """Scale x [n, K] to the importance that those of the matrices that there are have in common, and keep it for them."""
+        """Scale x [n, K] to the importance of the matrices `stems`, and keep it as their inputs. Return it.
+
+        Matrices that the file lacks are ignored. The others have the same importance.
+        """
         names = [f"{stem}.weight" for stem in stems if self._has(stem, x.shape[1])]
         entry = next((self.imatrix.entries[name] for name in names if name in self.imatrix.entries), None)
         if entry:
@@ -140,7 +159,7 @@ class SyntheticMoments:
         return x
 
     def _normalised(self, x: Tensor, stem: str) -> Tensor:
-        """LayerNorm where it has a bias, else RMSNorm."""
+        """Apply LayerNorm if the norm has a bias, else RMSNorm."""
         bias = self._vector(f"{stem}.bias")
         if bias is not None:
             x = x - x.mean(1, keepdim=True)
@@ -157,12 +176,12 @@ class SyntheticMoments:
         return out if bias is None else out.add_(bias)
 
     def _has(self, stem: str, n_inputs: int | None = None) -> bool:
-        """Whether there is such a weight, and a matrix of so many inputs if that is asked."""
+        """Return whether the file has the weight, and, if `n_inputs` is given, as a matrix of so many inputs."""
         shape = self.shapes.get(f"{stem}.weight")
         return shape is not None and (n_inputs is None or (len(shape) == 2 and shape[1] == n_inputs))
 
     def _writes(self, stem: str) -> bool:
-        """Whether there is such a matrix whose outputs the residual stream can take up."""
+        """Return whether the file has the matrix, with outputs as wide as the residual stream."""
         shape = self.shapes.get(f"{stem}.weight", ())
         return len(shape) == 2 and shape[0] == self.residual.shape[1]
 
@@ -170,6 +189,6 @@ class SyntheticMoments:
         return load_weight(self.file, name, self.device) if name in self.shapes else None
 
     def _setting(self, key: str, default: float) -> float:
-        """A number of the architecture's metadata; of an array the value for the block at `position`."""
+        """Return a number of the architecture's metadata; of an array, the value for the block at `position`."""
         value = self.file.setting(key, default)
         return float(value[self.position] if isinstance(value, list) else value)

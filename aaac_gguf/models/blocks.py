@@ -1,4 +1,4 @@
-"""A causal language model run one decoder block at a time: only that block's weights and activations need to be at hand."""
+"""Run a causal language model one decoder block at a time, with only that block's weights and activations at hand."""
 
 from __future__ import annotations
 
@@ -8,129 +8,140 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Runs a block on an input [n, T, d]; the block's other arguments are those that the model gave.
+RunBlock = Callable[[Tensor], Any]
 
-class Reached(Exception):
-    """Ends the model's forward where nothing behind is wanted; `run` then returns what it brings."""
+
+class StopForward(Exception):
+    """Ends the model's forward pass early. `Blocks.run` and `Blocks.embed` then return `hidden`."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
 
 
 def block_list(model: Any) -> torch.nn.ModuleList | None:
-    """The list of a model's decoder blocks."""
+    """Return the list of a model's decoder blocks."""
     n_layers = model.config.get_text_config().num_hidden_layers
     return next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers), None)
 
 
 class Blocks:
-    """The decoder blocks of a transformers model in order, and its head, all that comes behind them, as the last.
+    """The decoder blocks of a transformers model in order. The last one is the head: all that comes after them.
 
-    A block runs inside the model's own forward, which makes the masks and positions that it wants; the blocks before it hand on what they get.
-    A model whose blocks share more than hidden states has none here: what comes behind its embeddings is all head.
+    A block runs inside the model's own forward pass, which makes the masks and positions that the block takes. The
+    blocks before it return their input unchanged.
+
+    A model whose blocks share more than hidden states has only a head: all that comes after its embeddings.
     """
 
     def __init__(self, model: Any, tokens: Tensor):
-        """tokens: sequences int64 [n, T] on which the blocks one by one must give what the model gives."""
+        """tokens: sequences int64 [n, T] to test on whether the blocks one by one give what the model gives."""
         self.model = model.requires_grad_(False)
-        self.layers = list(block_list(model) or ())
+        self.blocks = list(block_list(model) or ())
         self.return_tuples = False
-        self.held = -1  # the block whose weights are in memory, of a model that stays on disk
-        self.on_disk: list[Any] = []  # its modules
+        # Of a model that stays on disk: the block whose weights are in memory, and its modules.
+        self.loaded = -1
+        self.loaded_modules: list[Any] = []
         with torch.no_grad():
-            if not self._agree(tokens):
-                self.layers, self.held = [], -1
+            if not self._same_as_model(tokens):
+                self.blocks, self.loaded = [], -1
 
     def __len__(self) -> int:
-        return len(self.layers) + 1
+        return len(self.blocks) + 1
 
     def parameters(self, i: int) -> dict[str, torch.nn.Parameter]:
-        """The parameters of block i by their names in the model; the head's are those of no block.
+        """Return the parameters of block i by their names in the model. The head's are those of no block.
 
-        Of a model that stays on disk they have values from `hold` until another block is held.
+        In a model that stays on disk they have values from `load` until another block is loaded.
         """
-        of_layer = [{id(p) for p in layer.parameters()} for layer in self.layers]
-        inside = of_layer[i] if i < len(self.layers) else set().union(*of_layer)
-        return {name: p for name, p in self.model.named_parameters() if (id(p) in inside) == (i < len(self.layers))}
+        by_block = [{id(p) for p in block.parameters()} for block in self.blocks]
+        inside = by_block[i] if i < len(self.blocks) else set().union(*by_block)
+        return {name: p for name, p in self.model.named_parameters() if (id(p) in inside) == (i < len(self.blocks))}
 
-    def hold(self, i: int) -> None:
-        """Load the weights of block i if they are on disk. Those of the block before are let go, with whatever was put into them."""
-        if i == self.held:
+    def load(self, i: int) -> None:
+        """Load the weights of block i if they are on disk.
+
+        Those of the block loaded before are dropped, with all changes made to them.
+        """
+        if i == self.loaded:
             return
-        # By accelerate's hooks, which otherwise load a module whenever it runs.
-        for module in self.on_disk:
+        # accelerate's hooks load a module whenever it runs. Their own methods are called here, once for a whole block.
+        for module in self.loaded_modules:
             module._hf_hook.offload = True
             module._hf_hook.post_forward(module, None)
-        inside = {m for layer in self.layers for m in layer.modules()}
+        inside = {m for block in self.blocks for m in block.modules()}
         modules: Any = (
-            self.layers[i].modules() if i < len(self.layers) else [m for m in self.model.modules() if m not in inside]
+            self.blocks[i].modules() if i < len(self.blocks) else [m for m in self.model.modules() if m not in inside]
         )
-        self.held, self.on_disk = i, [m for m in modules if hasattr(m, "_hf_hook") and m._hf_hook.offload]
-        for module in self.on_disk:
+        self.loaded = i
+        self.loaded_modules = [m for m in modules if hasattr(m, "_hf_hook") and m._hf_hook.offload]
+        for module in self.loaded_modules:
             module._hf_hook.pre_forward(module)
             module._hf_hook.offload = False
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the first block gets for the sequences `tokens` int64 [n, T]: [n, T, d]."""
-        if not self.layers:
+        """Return the first block's input [n, T, d] for the sequences `tokens` int64 [n, T]."""
+        if not self.blocks:
             return self.model.get_input_embeddings()(tokens.to(self.model.device))
 
-        def stop(i: int, given: Tensor, call: Callable[[Tensor], Any]) -> Any:
-            raise Reached(given)
+        def stop(i: int, given: Tensor, run_block: RunBlock) -> Any:
+            raise StopForward(given)
 
         return self._run(tokens, stop)
 
     def run(self, i: int, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What block i makes of its input `hidden` [n, T, d]: [n, T, d], or the head's logits [n, T, V]."""
-        self.hold(i)
-        if not self.layers:
+        """Run block i on `hidden` [n, T, d]. Return its output [n, T, d], or the head's logits [n, T, V]."""
+        self.load(i)
+        if not self.blocks:
             hook = self.model.get_input_embeddings().register_forward_hook(lambda *_: hidden)
             try:
                 return self._run(tokens, None)
             finally:
                 hook.remove()
 
-        def pass_on(j: int, given: Tensor, call: Callable[[Tensor], Any]) -> Any:
+        def run_only_i(j: int, given: Tensor, run_block: RunBlock) -> Any:
             if j == i:
-                out = call(hidden)
+                out = run_block(hidden)
                 self.return_tuples = isinstance(out, tuple)
-                raise Reached(out[0] if self.return_tuples else out)
-            passed = hidden if j == len(self.layers) - 1 else given
+                raise StopForward(out[0] if self.return_tuples else out)
+            passed = hidden if j == len(self.blocks) - 1 else given
             return (passed,) if self.return_tuples else passed
 
-        return self._run(tokens, pass_on)
+        return self._run(tokens, run_only_i)
 
-    def _run(self, tokens: Tensor, instead: Callable[[int, Tensor, Callable[[Tensor], Any]], Any] | None) -> Tensor:
-        """The model's logits, `instead` called in place of every block: with its number, its input and a function that runs it on another input."""
+    def _run(self, tokens: Tensor, in_place_of_block: Callable[[int, Tensor, RunBlock], Any] | None) -> Tensor:
+        """Return the model's logits. If given, `in_place_of_block` is called with every block's number and input."""
 
-        def replacing(i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def replaced(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-                assert instead
-                return instead(i, hidden_states, lambda hidden: forward(hidden, *args, **kwargs))
+                assert in_place_of_block
+                return in_place_of_block(i, hidden_states, lambda hidden: forward(hidden, *args, **kwargs))
 
             return replaced
 
-        layers = self.layers if instead else []
-        forwards = [layer.forward for layer in layers]
-        for i, layer in enumerate(layers):
-            layer.forward = replacing(i, layer.forward)
+        blocks = self.blocks if in_place_of_block else []
+        forwards = [block.forward for block in blocks]
+        for i, block in enumerate(blocks):
+            block.forward = replacement(i, block.forward)
         try:
             logits: Tensor = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
             return logits
-        except Reached as reached:
-            return reached.hidden
+        except StopForward as stopped:
+            return stopped.hidden
         finally:
-            for layer, forward in zip(layers, forwards, strict=True):
-                layer.forward = forward
+            for block, forward in zip(blocks, forwards, strict=True):
+                block.forward = forward
 
-    def _agree(self, tokens: Tensor) -> bool:
+    def _same_as_model(self, tokens: Tensor) -> bool:
+        """Return whether the blocks one by one give the model's logits."""
         expected = self._run(tokens, None).float()
         try:
             hidden = self.embed(tokens)
-            for i in range(len(self.layers)):
+            for i in range(len(self.blocks)):
                 before, hidden = hidden, self.run(i, tokens, hidden)
                 if hidden.shape != before.shape or hidden.shape[:2] != tokens.shape:
                     return False
-            logits = self.run(len(self.layers), tokens, hidden)
-        except Exception:  # the model's own code, which is not made for this, raises whatever it raises
+            logits = self.run(len(self.blocks), tokens, hidden)
+        except Exception:  # the model's own code is not made for this and may raise anything
             return False
         return bool((logits.float() - expected).norm() <= 1e-3 * expected.norm())

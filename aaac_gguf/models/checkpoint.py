@@ -1,7 +1,9 @@
-"""What transformers runs, a Hugging Face checkpoint folder or a GGUF: checked before anything slow starts, its parameters named as in GGUF."""
+"""Check a Hugging Face checkpoint folder or a GGUF before anything slow starts, and load it with transformers."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -15,9 +17,15 @@ from ..errors import AaacError
 from ..files.gguf import read_model
 from .blocks import block_list
 
+# The share of the device's memory that a model's weights may take before they stay on disk.
+WEIGHTS_SHARE = 0.5
+
 
 def check(source: Path) -> dict[str, Any]:
-    """The parsed config.json of a folder whose files are whole. Raises AaacError that names what is missing or cut short."""
+    """Return the parsed config.json of a checkpoint folder.
+
+    Raises AaacError that names the file that is missing, damaged or cut short.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not source.exists():
@@ -33,8 +41,7 @@ def check(source: Path) -> dict[str, Any]:
         )
     index = source / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        for name in names:
+        for name in sorted(set(_read_json(index).get("weight_map", {}).values())):
             if not (source / name).is_file():
                 raise AaacError(f"{source / name}: is listed in {index.name} and missing; download it")
     if not any(next(source.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
@@ -50,13 +57,42 @@ def check(source: Path) -> dict[str, Any]:
     return config
 
 
+def check_gguf(source: Path) -> str:
+    """Return the dtype of most of a GGUF's weights: float32, float16 or bfloat16.
+
+    Raises AaacError for what transformers cannot run: split files, architectures that it does not read, and models that
+    memory does not hold in float32.
+    """
+    file = read_model(source)
+    if len(file.maps) > 1:
+        raise AaacError(
+            f"{source}: transformers runs no split files; join them with llama-gguf-split --merge, "
+            "or calibrate with `imatrix`"
+        )
+    sizes = {
+        kind: sum(int(t.n_elements) for t in file.tensors.values() if t.tensor_type.name == kind)
+        for kind in ("F32", "F16", "BF16")
+    }
+    needed = 4 * sum(sizes.values())
+    if needed > _memory():
+        raise AaacError(
+            f"{source}: to run it takes {needed / 2**30:.0f} GiB of memory; "
+            "give the Hugging Face folder, or calibrate with `imatrix`"
+        )
+    try:
+        _transformers().AutoConfig.from_pretrained(**_location(source))
+    except Exception as e:
+        raise _cannot_load(source, e) from None
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[max(sizes, key=lambda kind: sizes[kind])]
+
+
 def stored_dtype(config: dict[str, Any]) -> str:
-    """The dtype that a config.json names, by either of its keys; empty if none."""
+    """Return the dtype that a config.json names, by either of its keys; empty if none."""
     return str(config.get("dtype", config.get("torch_dtype", "")))
 
 
 def left_out(source: Path) -> str:
-    """What of a source's model does not go into the file, in one line; empty if all does."""
+    """Return one line on the parts of a source's model that do not go into the file; empty if all do."""
     if not source.is_dir():
         return ""
     config = _read_json(source / "config.json")
@@ -67,7 +103,139 @@ def left_out(source: Path) -> str:
     ]
     if not parts:
         return ""
-    return f"the {' and '.join(parts)} part is left alone: make its mmproj file with llama.cpp's convert_hf_to_gguf.py --mmproj and use it as it is"
+    return (
+        f"the {' and '.join(parts)} part is left alone: make its mmproj file with llama.cpp's "
+        "convert_hf_to_gguf.py --mmproj and use it as it is"
+    )
+
+
+def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Path | None = None) -> Any:
+    """Load the causal language model of a folder or of a GGUF file, in evaluation mode.
+
+    It is float32 on a CPU and has the weights' own dtype on a GPU. Unless `exact`, a bfloat16 checkpoint also stays
+    bfloat16 on a CPU that multiplies such numbers, which takes half the time.
+
+    folder: scratch space. With it, a model that would take more than WEIGHTS_SHARE of the device's memory has its
+    blocks on disk, most in the checkpoint itself, and loads them as they run. A GGUF is always loaded whole.
+
+    Raises AaacError for what transformers cannot load.
+    """
+    transformers = _transformers()
+    stored = check_gguf(source) if source.is_file() else stored_dtype(_read_json(source / "config.json"))
+    if device == "cpu" and (exact or not (stored == "bfloat16" and _multiplies_bfloat16())):
+        dtype = "float32"
+    else:
+        dtype = stored if source.is_file() else "auto"
+    options: dict[str, Any] = {}
+    if source.is_file() and hasattr(transformers, "GgufConfig"):  # versions without it have only plain weights
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        if folder and source.is_dir():
+            options |= {"device_map": _device_map(source, device, dtype), "offload_folder": folder}
+        # No setting of transformers hides the progress bar that it has for a GGUF.
+        with contextlib.redirect_stderr(io.StringIO()) if source.is_file() else contextlib.nullcontext():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                **_location(source),
+                dtype=dtype,
+                experts_implementation="eager",  # one expert's product at a time, so that its inputs can be seen
+                **options,
+            )
+    except Exception as e:  # transformers raises whatever the model's own code raises
+        raise _cannot_load(source, e) from None
+    return (model if hasattr(model, "hf_device_map") else model.to(device)).eval()
+
+
+def load_tokenizer(source: Path) -> Any:
+    """Load the tokenizer of a folder or of a GGUF file. Raises AaacError for what transformers cannot load."""
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(**_location(source))
+    except Exception as e:
+        raise AaacError(
+            f"{source}: transformers cannot load the tokenizer ({one_line(e)}); "
+            "set `calibration` to 'self', or calibrate with `imatrix`"
+        ) from None
+
+
+def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collection[str]) -> list[str]:
+    """Return the GGUF tensors that hold a checkpoint's parameter, by the gguf library's own map; [] if there is none.
+
+    One parameter can be two tensors: transformers fuses experts' gate and up projections, llama.cpp stores them apart.
+
+    present: the tensor names of the GGUF file.
+    """
+    arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if arch is None:
+        return []
+    names = gguf.get_tensor_name_map(arch, n_layers)
+    fused = ".experts." in parameter
+    parts = [parameter.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")] if fused else []
+    candidates = [names.get_name(key, try_suffixes=(".weight", ".bias")) for key in (parameter, *parts)]
+    stems = [name.removesuffix(".weight") for name in candidates if name]
+    return [f"{stem}.weight" for stem in dict.fromkeys(stems) if f"{stem}.weight" in present]
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or the exception's name if it has no message."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _transformers() -> Any:
+    """Import transformers with progress bars and warnings off, also those of accelerate.
+
+    They warn of what is meant to be so: weights on disk, a reference implementation in place of a GPU kernel.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return transformers
+
+
+def _cannot_load(source: Path, error: Exception) -> AaacError:
+    return AaacError(
+        f"{source}: transformers cannot load it ({one_line(error)}); "
+        "calibrate with `imatrix`, or set `calibration` to 'none'"
+    )
+
+
+def _location(source: Path) -> dict[str, Any]:
+    """Return the arguments of from_pretrained that name a folder or a GGUF file."""
+    folder, name = (source.parent, source.name) if source.is_file() else (source, None)
+    return {"pretrained_model_name_or_path": folder, "gguf_file": name}
+
+
+def _device_map(source: Path, device: str, dtype: str) -> dict[str, str] | None:
+    """Return accelerate's map from modules to a device or "disk"; None if all fits on the device."""
+    import torch
+
+    transformers = _transformers()
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    itemsize = 4 if dtype == "float32" else 2
+    memory = torch.cuda.mem_get_info()[1] if device != "cpu" else _memory()
+    if itemsize * sum(p.numel() for p in model.parameters()) <= WEIGHTS_SHARE * memory:
+        return None
+    blocks = block_list(model)
+    # The modules that contain the blocks, from the model itself (named "") to the list of blocks.
+    around = [name for name, module in model.named_modules() if blocks in module.modules()]
+    beside = [
+        f"{name}.{child}".lstrip(".") for name in around[:-1] for child, _ in model.get_submodule(name).named_children()
+    ]
+    return {**{name: device for name in beside if name not in around}, **dict.fromkeys(around[-1:], "disk")}
+
+
+def _multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions for products of bfloat16 numbers."""
+    import torch
+
+    return any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -78,141 +246,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AaacError(f"{path}: not a JSON object; download it again")
     return value
-
-
-# Of the device's memory, for the weights of a model that need not be in memory.
-WEIGHTS_SHARE = 0.5
-
-
-def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Path | None = None) -> Any:
-    """The causal language model of a folder or of a GGUF file in evaluation mode: float32 on a CPU, the weights' own dtype on a GPU.
-
-    Unless `exact`, a CPU that multiplies bfloat16 numbers runs a bfloat16 checkpoint as it is, in half the time. With a `folder` the blocks of a
-    model that would take more than WEIGHTS_SHARE of the device's memory stay on disk, most in the checkpoint itself, and are loaded as they run; a
-    GGUF's never do. Raises AaacError for what transformers cannot load.
-    """
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what is on disk, as it was told
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would rather have a GGUF in float32
-    stored = check_gguf(source) if source.is_file() else stored_dtype(_read_json(source / "config.json"))
-    multiplies = stored == "bfloat16" and any(
-        torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")
-    )
-    dtype = "float32" if device == "cpu" and (exact or not multiplies) else stored if source.is_file() else "auto"
-    try:
-        where = (
-            {"device_map": _device_map(source, device, dtype), "offload_folder": folder}
-            if folder and source.is_dir()
-            else {}
-        )
-        # Experts one product at a time, so that each product's input can be seen.
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **_place(source), dtype=dtype, experts_implementation="eager", **where
-        )
-    except Exception as e:  # transformers raises whatever the model's own code raises
-        raise _cannot_load(source, e) from None
-    return (model if hasattr(model, "hf_device_map") else model.to(device)).eval()
-
-
-def _cannot_load(source: Path, error: Exception) -> AaacError:
-    return AaacError(
-        f"{source}: transformers cannot load it ({one_line(error)}); calibrate with --imatrix, or --calib none"
-    )
-
-
-def _place(source: Path) -> dict[str, Any]:
-    """How transformers wants to be told of a folder or of a GGUF file."""
-    folder, name = (source.parent, source.name) if source.is_file() else (source, None)
-    return {"pretrained_model_name_or_path": folder, "gguf_file": name}
-
-
-def check_gguf(source: Path) -> str:
-    """The dtype of most of a GGUF's weights. Raises AaacError for what transformers cannot run: split files, architectures that it does not read, and
-    models that memory does not hold in float32."""
-    import transformers
-
-    file = read_model(source)
-    if len(file.maps) > 1:
-        raise AaacError(
-            f"{source}: transformers runs no split files; join them with llama-gguf-split --merge, or calibrate with --imatrix"
-        )
-    sizes = {
-        kind: sum(int(t.n_elements) for t in file.tensors.values() if t.tensor_type.name == kind)
-        for kind in ("F32", "F16", "BF16")
-    }
-    needed = 4 * sum(sizes.values())
-    if needed > _memory():
-        raise AaacError(
-            f"{source}: to run it takes {needed / 2**30:.0f} GiB of memory; give the Hugging Face folder, or calibrate with --imatrix"
-        )
-    try:
-        transformers.AutoConfig.from_pretrained(**_place(source))
-    except Exception as e:
-        raise _cannot_load(source, e) from None
-    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[max(sizes, key=lambda kind: sizes[kind])]
-
-
-def _device_map(source: Path, device: str, dtype: str) -> dict[str, str] | None:
-    """Where accelerate shall keep what; None for all on the device."""
-    import torch
-    import transformers
-
-    with torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    itemsize = 4 if dtype == "float32" else 2
-    memory = torch.cuda.mem_get_info()[1] if device != "cpu" else _memory()
-    if itemsize * sum(p.numel() for p in model.parameters()) <= WEIGHTS_SHARE * memory:
-        return None
-    blocks = block_list(model)
-    around = [
-        name for name, module in model.named_modules() if blocks in module.modules()
-    ]  # from the model itself to the blocks
-    inside = [
-        f"{name}.{child}".lstrip(".") for name in around[:-1] for child, _ in model.get_submodule(name).named_children()
-    ]
-    return {**{name: device for name in inside if name not in around}, **dict.fromkeys(around[-1:], "disk")}
-
-
-def _memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def load_tokenizer(source: Path) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(**_place(source))
-    except Exception as e:
-        raise AaacError(
-            f"{source}: transformers cannot load the tokenizer ({one_line(e)}); calibrate with --calib self or --imatrix"
-        ) from None
-
-
-def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collection[str]) -> list[str]:
-    """The GGUF tensors among `present` that hold the checkpoint parameter, by the gguf library's own map; [] if there is none.
-
-    One parameter can be two tensors: experts' fused gate and up projections, which llama.cpp stores apart.
-    """
-    arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
-    if arch is None:
-        return []
-    names = gguf.get_tensor_name_map(arch, n_layers)
-    # transformers fuses what most checkpoints, and llama.cpp, hold apart: the experts' gate and up projections.
-    parts = (
-        [parameter.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
-        if ".experts." in parameter
-        else []
-    )
-    candidates = [names.get_name(key, try_suffixes=(".weight", ".bias")) for key in (parameter, *parts)]
-    stems = [name.removesuffix(".weight") for name in candidates if name]
-    return [f"{stem}.weight" for stem in dict.fromkeys(stems) if f"{stem}.weight" in present]
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an exception's message, or its name."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""Find the rows of a GGUF tensor in the checkpoint's parameter that it was made of."""
+"""Find the rows of a GGUF tensor in the model's parameter that it was made from."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowMap:
-    """Where the rows of a GGUF tensor [..., K] are in the parameter that it was made of: `order` int64, in the parameter or in its transpose.
+    """The places of a GGUF tensor's rows in a parameter.
 
-    llama.cpp's converter permutes Q and K for its rotary embedding and cuts fused projections apart; GPT-2 holds its matrices transposed.
+    llama.cpp's converter permutes Q and K for its rotary embedding, and cuts fused projections apart. GPT-2 stores its
+    matrices transposed.
+
+    order       int64: by row of the tensor [..., K], the row of the parameter, leading dimensions flattened
+    transposed  whether these are rows of the transposed parameter
     """
 
     order: Tensor
@@ -20,36 +24,42 @@ class RowMap:
 
     @classmethod
     def find(cls, parameter: Tensor, weight: Tensor) -> RowMap | None:
-        """Rows are known by their values; None where one is not found, since the converter changed the weights."""
+        """Look up the rows of a tensor `weight` [..., K] by their values.
+
+        Return None if the parameter lacks one of them: then the converter changed the values.
+        """
         wanted = weight.float().cpu().reshape(-1, weight.shape[-1])
         for transposed in (False, True):
-            values = _turned(parameter.detach(), transposed).float().cpu()
-            if (
-                values.shape[-1] == wanted.shape[-1]
-                and (order := _places(values.reshape(-1, values.shape[-1]), wanted)) is not None
-            ):
+            values = _oriented(parameter.detach(), transposed).float().cpu()
+            if values.shape[-1] != wanted.shape[-1]:
+                continue
+            order = _find_rows(values.reshape(-1, values.shape[-1]), wanted)
+            if order is not None:
                 return cls(order, transposed)
         return None
 
     def of_outputs(self, outputs: Tensor) -> Tensor:
-        """Moments of the parameter's outputs [N, N] as those of the tensor's."""
+        """Reorder the second moments of the parameter's outputs [N, N] to those of the tensor's outputs."""
         order = self.order.to(outputs.device)
         return outputs[order][:, order]
 
     def replace(self, parameter: Tensor, weight: Tensor) -> None:
-        """Give the tensor's place in the parameter other values, `weight` [..., K]."""
-        values = _turned(parameter.data, self.transposed)
+        """Give the parameter the values `weight` [..., K] in the tensor's rows."""
+        values = _oriented(parameter.data, self.transposed)
         order = self.order.to(values.device)
         index = (order,) if values.dim() == 2 else (order // values.shape[1], order % values.shape[1])
         values[index] = weight.reshape(-1, weight.shape[-1]).to(values)
 
 
-def _turned(parameter: Tensor, transposed: bool) -> Tensor:
+def _oriented(parameter: Tensor, transposed: bool) -> Tensor:
     return parameter.transpose(-2, -1) if transposed else parameter
 
 
-def _places(rows: Tensor, wanted: Tensor) -> Tensor | None:
-    """Where in `rows` each row of `wanted` is, int64; None when one is nowhere. Equal rows are taken in turn."""
+def _find_rows(rows: Tensor, wanted: Tensor) -> Tensor | None:
+    """Return the index in `rows` of each row of `wanted`, int64; None if one is missing.
+
+    Equal rows are taken in turn.
+    """
     if torch.equal(rows, wanted):
         return torch.arange(len(rows))
     places: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What a conversion starts from: a folder, a GGUF or a name on the Hugging Face Hub becomes one open full-precision GGUF."""
+"""Open the source of a conversion, a folder, a GGUF or a model on the Hugging Face Hub, as a full-precision GGUF."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from ..llama import tools
 from . import checkpoint
 
 HUB = "hf://"
-# Configuration, tokenizer, weights, and the model card, of which llama.cpp's converter takes the licence.
+# Configuration, tokenizer, weights, and the model card, from which llama.cpp's converter takes the licence.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md"]
 _NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights in other formats
 
-# What a GGUF file is that is no language model, by general.type.
+# GGUF files that hold no language model, by general.type.
 _OTHER_FILES = {
-    "mmproj": "a vision or audio projector, which AAAC leaves as it is; give it to llama.cpp beside the model with --mmproj, and convert the model",
-    "adapter": "a LoRA adapter, which AAAC leaves as it is; merge it into the model, or give it to llama.cpp beside the model with --lora",
-    "imatrix": "an importance matrix; give it with --imatrix",
+    "mmproj": "a vision or audio projector, which AAAC leaves as it is; "
+    "give it to llama.cpp beside the model with --mmproj, and convert the model",
+    "adapter": "a LoRA adapter, which AAAC leaves as it is; "
+    "merge it into the model, or give it to llama.cpp beside the model with --lora",
+    "imatrix": "an importance matrix; give it as `imatrix`",
 }
 
 
 def locate(text: str) -> Path:
-    """The file or folder that a SRC argument names: a path, or `hf://owner/name`, or `owner/name` where no such path exists.
+    """Return the path of a source: `text` is a path, `hf://owner/name`, or `owner/name` if no such path exists.
 
     A model of the Hub is downloaded into huggingface_hub's own cache, with its token and its rules for working offline.
+    Raises AaacError if that fails.
     """
     path = Path(text)
     if not text.startswith(HUB) and (
@@ -47,12 +50,13 @@ def locate(text: str) -> Path:
         raise AaacError(f"{text}: access to this model is restricted; {how}") from None
     except errors.RepositoryNotFoundError:
         raise AaacError(
-            f"{text}: neither a local path nor a model on the Hugging Face Hub; check the name, or log in with `hf auth login` if it is private"
+            f"{text}: neither a local path nor a model on the Hugging Face Hub; "
+            "check the name, or log in with `hf auth login` if it is private"
         ) from None
     except errors.LocalEntryNotFoundError:
         raise AaacError(
-            f"{text}: no such local path, the Hugging Face cache does not hold all of it, and the Hub cannot be reached; "
-            "go online (HF_HUB_OFFLINE must not be set) to download it"
+            f"{text}: no such local path, the Hugging Face cache does not hold all of it, "
+            "and the Hub cannot be reached; go online (HF_HUB_OFFLINE must not be set) to download it"
         ) from None
     except errors.HFValidationError:
         raise AaacError(f"{text}: not a name on the Hugging Face Hub; expected {HUB}OWNER/NAME") from None
@@ -62,7 +66,11 @@ def locate(text: str) -> Path:
 
 @contextmanager
 def full_precision(source: Path, scratch: Path, header_only: bool = False) -> Iterator[GgufFile]:
-    """The full-precision GGUF of a checkpoint folder or of a GGUF file. A folder's is made in `scratch` and removed after use."""
+    """Open the full-precision GGUF of a checkpoint folder or of a GGUF file.
+
+    A folder's is made in the folder `scratch` and removed after use. header_only: it has no weights, and is made at
+    once. Raises AaacError for a source that cannot be read.
+    """
     if source.is_file():
         file = read_model(source)
         if file.get("general.type", "model") in _OTHER_FILES:

@@ -1,4 +1,4 @@
-"""Weights of a full-precision GGUF, as torch tensors."""
+"""Read the weights of a full-precision GGUF as torch tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..progress import progress
 
 
 def check_weights(file: GgufFile) -> str:
-    """The sha256 of metadata and weights. Raises AaacError that names the first tensor with NaN or Inf."""
+    """Return the sha256 of metadata and weights. Raises AaacError that names the first tensor with NaN or Inf."""
     infos = [
         TensorInfo(name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type) for name, t in file.tensors.items()
     ]
@@ -28,13 +28,16 @@ def check_weights(file: GgufFile) -> str:
 
 
 def _stored(file: GgufFile, name: str) -> torch.Tensor:
-    """A floating-point tensor in its own dtype, memory-mapped."""
+    """Return a floating-point tensor in its own dtype, memory-mapped."""
     tensor = file.tensors[name]
     data = torch.from_numpy(np.asarray(tensor.data))
     return data.view(torch.bfloat16) if tensor.tensor_type == T.BF16 else data
 
 
 def load_weight(file: GgufFile, name: str, device: str, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """Float32 weights [..., K] of a full-precision tensor on `device`, or only of its `rows`, int64 [n]."""
+    """Return the float32 weights [..., K] of a full-precision tensor on `device`.
+
+    rows: int64 [n], those of its first dimension to return; all if None.
+    """
     stored = _stored(file, name)
     return (stored if rows is None else stored[rows]).to(device).float()

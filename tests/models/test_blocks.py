@@ -1,4 +1,4 @@
-"""Blocks run one by one give what the model gives, for models that hand on hidden states; the others are all head."""
+"""Blocks one by one give what the model gives if they share only hidden states; other models are all head."""
 
 import pytest
 import torch
@@ -7,16 +7,28 @@ import transformers
 from aaac_gguf.models import checkpoint
 from aaac_gguf.models.blocks import Blocks
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**SMALL),
     "gemma3": transformers.Gemma3TextConfig(**SMALL, sliding_window=4, sliding_window_pattern=2),
     "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2),
     "mixtral": transformers.MixtralConfig(**SMALL, num_local_experts=3, experts_implementation="eager"),
-    "falcon": transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2),
+    "falcon": transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+    ),
     "mamba": transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, state_size=4, pad_token_id=0),
-}  # fmt: skip
+}
 
 
 def random_model(config) -> torch.nn.Module:
@@ -51,13 +63,17 @@ def test_gradients_pass_through_a_block():
     assert hidden.grad.abs().sum() > 0
 
 
-def test_a_model_whose_blocks_share_more_is_all_head(monkeypatch):
-    """A block that looks at what the block before it computed, as Gemma 3n's do with keys and values."""
-    model = random_model(CONFIGS["llama"])
+def share_more(model) -> None:
+    """Let block 2 use what block 1 computed, as Gemma 3n's blocks do with keys and values."""
     layers, seen = model.model.layers, []
     layers[1].register_forward_hook(lambda _, args, out: seen.append(out))
     layers[2].register_forward_hook(lambda _, args, out: out + seen[-1].mean())
     layers[0].register_forward_pre_hook(lambda _, args: seen.clear())
+
+
+def test_a_model_whose_blocks_share_more_is_all_head():
+    model = random_model(CONFIGS["llama"])
+    share_more(model)
     blocks = Blocks(model, tokens(1))
     assert len(blocks) == 1
     assert len(blocks.parameters(0)) == len(list(model.named_parameters()))
@@ -82,11 +98,11 @@ def test_blocks_stay_on_disk(name, tmp_path, monkeypatch):
             assert [streamed.parameters(j).popitem()[1].is_meta for j in range(3)] == [j != i for j in range(3)]
             hidden = after
         hidden = whole.embed(tokens())
-        streamed.hold(0)
+        streamed.load(0)
         for _, p in streamed.parameters(0).items():
             p.data.mul_(0.5)
         assert not torch.equal(streamed.run(0, tokens(), hidden), whole.run(0, tokens(), hidden))
-        streamed.hold(1)
+        streamed.load(1)
         assert torch.equal(streamed.run(0, tokens(), hidden), whole.run(0, tokens(), hidden))
 
 
@@ -94,9 +110,10 @@ def test_a_model_on_disk_that_is_all_head_is_loaded_whole(tmp_path, monkeypatch)
     random_model(CONFIGS["llama"]).to(torch.bfloat16).save_pretrained(tmp_path)
     whole = checkpoint.load_model(tmp_path)
     monkeypatch.setattr(checkpoint, "WEIGHTS_SHARE", 0)
-    agree = Blocks._agree
-    monkeypatch.setattr(Blocks, "_agree", lambda blocks, sequence: agree(blocks, sequence) and False)
-    blocks = Blocks(checkpoint.load_model(tmp_path, folder=tmp_path / "scratch"), tokens(1))
+    streamed = checkpoint.load_model(tmp_path, folder=tmp_path / "scratch")
+    for model in (whole, streamed):
+        share_more(model)
+    blocks = Blocks(streamed, tokens(1))
     assert len(blocks) == 1
     with torch.no_grad():
         torch.testing.assert_close(blocks.run(0, tokens(), blocks.embed(tokens())), whole(input_ids=tokens()).logits)
