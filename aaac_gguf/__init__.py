@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .conversion.settings import Settings
     from .files.gguf import GgufFile
     from .quantizer.quantize import QuantizedTensor
-    from .reporting.compare import Comparison
-    from .reporting.verify import Verification
+    from .reporting.results import Comparison, Verification
 
 __version__ = "0.1.0"
 __all__ = ["compare", "inference", "load", "plan", "quantize", "quantize_tensor", "verify"]

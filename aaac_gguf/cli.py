@@ -111,7 +111,7 @@ def _add_convert(verbs: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .reporting import tables
+    from .reporting import conversions
 
     settings = {
         "type": args.type,
@@ -130,9 +130,9 @@ def _convert(args: argparse.Namespace) -> None:
         "split_max_size": args.split_max_size,
     }
     if args.dry_run:
-        print(tables.plan_text(plan(args.source, args.output, **settings)))
+        print(conversions.plan_text(plan(args.source, args.output, **settings)))
     else:
-        print(tables.convert_text(quantize(args.source, args.output, resume=args.resume, **settings)))
+        print(conversions.convert_text(quantize(args.source, args.output, resume=args.resume, **settings)))
 
 
 def _add_verify(verbs: Any) -> None:
@@ -182,12 +182,12 @@ def _add_inspect(verbs: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .reporting import tables
+    from .reporting import inspection
 
     file = load(args.file)
-    print(tables.inspect_text(file))
+    print(inspection.inspect_text(file))
     if args.plot:
-        tables.plot_codebooks(file, args.plot)
+        inspection.plot_codebooks(file, args.plot)
 
 
 def _add_compare(verbs: Any) -> None:

@@ -20,13 +20,13 @@ import atheris
 import numpy as np
 
 with atheris.instrument_imports(
-    include=["aaac_gguf.format", "aaac_gguf.gguf_io", "aaac_gguf.imatrix", "aaac_gguf.report", "gguf.gguf_reader"]
+    include=["aaac_gguf.files", "aaac_gguf.reporting", "gguf.gguf_reader"]
 ):
     from aaac_gguf.errors import AaacError
     from aaac_gguf.files import format as fmt
     from aaac_gguf.files import gguf as gguf_io
     from aaac_gguf.files import imatrix
-    from aaac_gguf.reporting import tables as report
+    from aaac_gguf.reporting import inspection
 
 import hostile  # last: what it imports must have been instrumented
 
@@ -38,7 +38,7 @@ def use_model(path: Path) -> None:
         fmt.check_blocks(fmt.TYPES_BY_ID[file.tensors[name].tensor_type], file.tensors[name].data, name)
         file[name]
     gguf_io.field_values(file.fields)
-    report.inspect_text(file)
+    inspection.inspect_text(file)
 
 
 def use_imatrix(path: Path) -> None:

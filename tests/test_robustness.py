@@ -25,7 +25,7 @@ from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files import imatrix
 from aaac_gguf.files.gguf import TensorInfo, Value
-from aaac_gguf.reporting import tables as report
+from aaac_gguf.reporting import inspection
 
 HYPOTHESIS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -41,7 +41,7 @@ def use(path: Path) -> None:
         fmt.check_blocks(fmt.TYPES_BY_ID[file.tensors[name].tensor_type], np.asarray(file.tensors[name].data), name)
         file[name]
     gguf_io.field_values(file.fields)
-    report.inspect_text(file)
+    inspection.inspect_text(file)
 
 
 #
@@ -281,7 +281,7 @@ def test_bad_texts(kind, tmp_path):
     BAD_FILES[kind](bad)
     with pytest.raises(AaacError) as e:
         tokens_module.text_tokens(resources.MODEL, bad, 1, 8)
-    assert str(e.value).startswith(f"--calib {bad}: ")
+    assert str(e.value).startswith(f"`calibration` {bad}: ")
 
 
 @pytest.mark.parametrize("verb", ["convert", "dequantize"])

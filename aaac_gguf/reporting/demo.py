@@ -1,14 +1,15 @@
-"""The whole way with the bundled model: quantize, compare with llama.cpp's own types, verify, and run in patched llama.cpp."""
+"""Go the whole way with the bundled model: quantize, compare with llama.cpp's own types, verify, and generate text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..llama import build as llama
 from ..llama import tools
+from ..llama.build import build
 from ..resources import MODEL, SAMPLE_TEXT
-from . import compare, verify
-from . import tables as report
+from . import tables
+from .compare import Options, compare
+from .verify import verify
 
 TYPES = ("Q4_0", "IQ4_NL", "Q4_K_S", "AAAC4_G16")
 N_CTX = 256
@@ -16,21 +17,21 @@ PROMPT = "The old gentleman looked at her and said,"
 
 
 def run(folder: Path) -> int:
-    """Run the demo in `folder`, made if absent. Returns the exit status."""
+    """Run the demo in `folder`, which is made if there is none. Returns the exit status."""
     print("1/4 build patched llama.cpp (minutes the first time, nothing after that)")
-    llama.build()
+    build()
 
     print(
-        "2/4 quantize the bundled model: AAAC4_G16 and llama.cpp's 4-bit types, all calibrated on the same tokens that the model samples from itself,"
+        "2/4 quantize the bundled model: AAAC4_G16 and llama.cpp's 4-bit types, all calibrated on the same tokens that"
     )
-    print("    and compare on a few pages of prose; embeddings and output in Q6_K")
-    print(report.comparison_text(compare.compare(MODEL, folder, compare.Options(TYPES, (SAMPLE_TEXT,), n_ctx=N_CTX))))
+    print("    the model samples from itself, and compare on a few pages of prose; embeddings and output in Q6_K")
+    print(tables.comparison_text(compare(MODEL, folder, Options(TYPES, (SAMPLE_TEXT,), n_ctx=N_CTX))))
     print(f"with plots: {folder / 'comparison.html'}")
 
     print("\n3/4 verify: structure, tensors, logits of patched llama.cpp against transformers with the decoded weights")
     aaac = folder / "demo-AAAC4_G16.gguf"
-    result = verify.verify(aaac, MODEL, SAMPLE_TEXT)
-    print(report.verification_text(result))
+    result = verify(aaac, MODEL)
+    print(tables.verification_text(result))
 
     print("\n4/4 generate with the AAAC file")
     print(generate(aaac, PROMPT, folder / "generate.log"))
@@ -38,9 +39,6 @@ def run(folder: Path) -> int:
 
 
 def generate(model: Path, prompt: str, log: Path, n_tokens: int = 64) -> str:
-    """Greedy text after `prompt` from a built llama-completion."""
-    return tools.tool_output(
-        "llama-completion",
-        ["-m", model, "-p", prompt, "-n", str(n_tokens), "--temp", "0", "-no-cnv", "--no-warmup"],
-        log,
-    ).strip()
+    """Return the most likely text after `prompt`, by the built llama-completion."""
+    args: list[str | Path] = ["-m", model, "-p", prompt, "-n", str(n_tokens), "--temp", "0", "-no-cnv", "--no-warmup"]
+    return tools.tool_output("llama-completion", args, log).strip()

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: tables, and plots as inline SVG, for light and dark screens."""
+"""Show a comparison as one HTML page that needs no other file: tables, and plots as inline SVG."""
 
 from __future__ import annotations
 
@@ -6,78 +6,100 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from . import tables as report
-
-if TYPE_CHECKING:
-    from .compare import Comparison, Row
+from . import tables
+from .results import Comparison, Row
 
 STYLE = """
-:root { color-scheme: light dark; --bg: #ffffff; --card: #f6f7f9; --text: #1c2330; --faint: #667085; --line: #d9dde4;
-  --c0: #0062b8; --c1: #c4500a; --c2: #007d58; --c3: #a8488a; --c4: #8a6a00; --c5: #2a8fb8; --c6: #b0303c; --c7: #6b7280; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14171c; --card: #1d2129; --text: #e7eaf0; --faint: #98a2b3; --line: #363c48;
-  --c0: #5aa9ff; --c1: #ff9a57; --c2: #3ecf9c; --c3: #e58ac6; --c4: #e0bb3c; --c5: #7cd0f2; --c6: #ff7a85; --c7: #a3abb8; } }
-body { background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 0 auto; padding: 24px 20px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 8px; } p { margin: 4px 0 12px; } .faint { color: var(--faint); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+:root { color-scheme: light dark;
+  --bg: #ffffff; --card: #f6f7f9; --text: #1c2330; --faint: #667085; --line: #d9dde4;
+  --c0: #0062b8; --c1: #c4500a; --c2: #007d58; --c3: #a8488a; --c4: #8a6a00; --c5: #2a8fb8;
+  --c6: #b0303c; --c7: #6b7280;
+}
+@media (prefers-color-scheme: dark) { :root {
+  --bg: #14171c; --card: #1d2129; --text: #e7eaf0; --faint: #98a2b3; --line: #363c48;
+  --c0: #5aa9ff; --c1: #ff9a57; --c2: #3ecf9c; --c3: #e58ac6; --c4: #e0bb3c; --c5: #7cd0f2;
+  --c6: #ff7a85; --c7: #a3abb8;
+} }
+body { background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, sans-serif;
+  max-width: 1080px; margin: 0 auto; padding: 24px 20px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; }
+h2 { font-size: 19px; margin: 36px 0 8px; }
+p { margin: 4px 0 12px; }
+.faint { color: var(--faint); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--faint); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th { color: var(--faint); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
 .card { background: var(--card); border-radius: 8px; padding: 10px 12px; margin: 10px 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 10px; }
-.grid .card { margin: 0; } .card h3 { font-size: 13px; margin: 0 0 2px; font-weight: 600; }
+.grid .card { margin: 0; }
+.card h3 { font-size: 13px; margin: 0 0 2px; font-weight: 600; }
 .legend span { margin-right: 16px; white-space: nowrap; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 6px; margin-right: 5px; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
-svg .grid-line { stroke: var(--line); stroke-width: 1; } svg .label { fill: var(--text); font-size: 12px; }
-details { margin: 10px 0; } summary { cursor: pointer; font-weight: 600; } code { font-size: 12px; overflow-wrap: anywhere; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
+svg .grid-line { stroke: var(--line); stroke-width: 1; }
+svg .label { fill: var(--text); font-size: 12px; }
+details { margin: 10px 0; }
+summary { cursor: pointer; font-weight: 600; }
+code { font-size: 12px; overflow-wrap: anywhere; }
 """
 
 N_COLOURS = 8
 
 
 def render(result: Comparison) -> str:
-    """The whole page."""
+    """Return the page of a comparison."""
     rows = result.rows
-    n_chunks, n_ctx = result.settings["n_chunks"], result.settings["n_ctx"]
+    full = f"Against the {escape(result.full_type)} model of {result.full_bytes:,} bytes."
     parts = [
         f"<h1>{escape(result.model)}: quantized types side by side</h1>",
-        f'<p class="faint">Against the {escape(result.full_type)} model of {result.full_bytes:,} bytes. KL divergence in nats per token.</p>',
+        _note(f"{full} KL divergence in nats per token."),
         _legend([row.name for row in rows]),
     ]
     for text in result.texts:
         parts += [
             f"<h2>Divergence from the full model on {escape(text)}</h2>",
-            f'<div class="card">{_scatter(rows, text)}</div>',
-            _table(*report.scores_table(result, text)),
+            f'<div class="card">{scatter(rows, text)}</div>',
+            _table(*tables.scores_table(result, text)),
         ]
-    parts += ["<h2>Size, time and speed</h2>", _table(*report.files_table(result))]
-    parts.append(
-        '<p class="faint">Quantizing time includes calibration. Speed by llama-bench: a prompt of 512 tokens, and 128 tokens generated.</p>'
-    )
-    parts += ["<h2>Error of each tensor</h2>", _tensor_errors(rows)]
-    if any(row.codebooks for row in rows):
-        parts.append(
-            "<h2>Learned codebooks</h2><p class='faint'>The 16 levels of both codebooks of every matrix, from -127 to 127.</p>"
-        )
-        first = next(row for row in rows if row.codebooks)
-        parts += [
-            f"<details{' open' if row is first else ''}><summary>{escape(row.name)}</summary><div class='card'>{_codebooks(row)}</div></details>"
-            for row in rows
-            if row.codebooks
-        ]
-    parts.append(
-        f"<h2>How it was made</h2><p>Up to {n_chunks} chunks of {n_ctx} tokens of each text, scored on the second half of a chunk.</p>"
-    )
-    facts = [*result.settings.items(), *((f"sha256 of {name}", digest) for name, digest in result.texts.items())]
-    parts.append(
-        "<ul>"
-        + "".join(f"<li>{escape(str(key))}: <code>{escape(str(value))}</code></li>" for key, value in facts)
-        + "</ul>"
-    )
-    title = f"<title>{escape(result.model)}: quantized types</title>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{title}<style>{STYLE}</style>'
+    parts += [
+        "<h2>Size, time and speed</h2>",
+        _table(*tables.files_table(result)),
+        _note(
+            "Quantizing time includes calibration. "
+            "Speed by llama-bench: a prompt of 512 tokens, and 128 tokens generated."
+        ),
+        "<h2>Error of each tensor</h2>",
+        _tensor_errors(rows),
+    ]
+    learned = [row for row in rows if row.codebooks]
+    if learned:
+        parts.append("<h2>Learned codebooks</h2>")
+        parts.append(_note("The 16 levels of both codebooks of every matrix, from -127 to 127."))
+    for row in learned:
+        is_open = " open" if row is learned[0] else ""
+        plot = f'<div class="card">{_codebooks(row)}</div>'
+        parts.append(f"<details{is_open}><summary>{escape(row.name)}</summary>{plot}</details>")
+    parts += ["<h2>How it was made</h2>", _settings(result)]
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f"{meta}<title>{escape(result.model)}: quantized types</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _settings(result: Comparison) -> str:
+    """Return the settings, and the sha256 of the texts, as a list."""
+    n_chunks, n_ctx = result.settings["n_chunks"], result.settings["n_ctx"]
+    how = f"Up to {n_chunks} chunks of {n_ctx} tokens of each text, scored on the second half of a chunk."
+    facts = [*result.settings.items(), *((f"sha256 of {name}", digest) for name, digest in result.texts.items())]
+    items = "".join(f"<li>{escape(str(key))}: <code>{escape(str(value))}</code></li>" for key, value in facts)
+    return f"<p>{how}</p><ul>{items}</ul>"
+
+
+def _note(html: str) -> str:
+    return f'<p class="faint">{html}</p>'
 
 
 def _colour(i: int) -> str:
@@ -85,11 +107,8 @@ def _colour(i: int) -> str:
 
 
 def _legend(names: Sequence[str]) -> str:
-    return (
-        '<p class="legend">'
-        + "".join(f'<span><i style="background:{_colour(i)}"></i>{escape(n)}</span>' for i, n in enumerate(names))
-        + "</p>"
-    )
+    items = (f'<span><i style="background:{_colour(i)}"></i>{escape(name)}</span>' for i, name in enumerate(names))
+    return f'<p class="legend">{"".join(items)}</p>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -98,8 +117,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _log_axis(values: Iterable[float], top: float, bottom: float) -> tuple[Callable[[float], float], list[float]]:
-    """The height of a value between `bottom` and `top` on a logarithmic scale, and ticks at 1, 2 and 5 times powers of ten around all values."""
+def log_axis(values: Iterable[float], top: float, bottom: float) -> tuple[Callable[[float], float], list[float]]:
+    """Return a logarithmic scale, which gives a value's height between `bottom` and `top`, and its ticks.
+
+    Ticks are at 1, 2 and 5 times powers of ten. The first and the last of them enclose all values.
+    """
     positive = [v for v in values if v > 0] or [1.0]
     steps = [m * 10.0**e for e in range(-12, 7) for m in (1, 2, 5)]
     low = max((s for s in steps if s <= min(positive)), default=steps[0])
@@ -111,13 +133,15 @@ def _log_axis(values: Iterable[float], top: float, bottom: float) -> tuple[Calla
     return lambda v: bottom - scale * math.log(max(v, low) / low), ticks
 
 
-def _scatter(rows: Sequence[Row], text: str) -> str:
-    """Mean KL divergence with its standard error against file size; labels are moved apart where they would overlap."""
+def scatter(rows: Sequence[Row], text: str) -> str:
+    """Return a plot of mean KL divergence, with its standard error, against file size.
+
+    Labels that would overlap are moved apart.
+    """
     width, height, left, right, top, bottom = 960, 380, 70, 130, 14, 334
     scores = [row.scores[text] for row in rows]
-    y, y_ticks = _log_axis(
-        [v for s in scores for v in (s.mean_kld - s.mean_kld_error, s.mean_kld + s.mean_kld_error)], top, bottom
-    )
+    ends = [v for s in scores for v in (s.mean_kld - s.mean_kld_error, s.mean_kld + s.mean_kld_error)]
+    y, y_ticks = log_axis(ends, top, bottom)
     sizes = [row.n_bytes for row in rows]
     margin = 0.06 * (max(sizes) - min(sizes)) or 0.05 * max(sizes)
     low, high = min(sizes) - margin, max(sizes) + margin
@@ -134,9 +158,8 @@ def _scatter(rows: Sequence[Row], text: str) -> str:
             _grid_line(x(i * step), top, x(i * step), bottom) + _text(x(i * step), bottom + 18, f"{i * step / unit:g}")
         )
     parts.append(_text((left + width - right) / 2, height - 8, f"file size, {name}"))
-    parts.append(
-        f'<text transform="translate(16 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">mean KL divergence (less is better)</text>'
-    )
+    turned = f'transform="translate(16 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle"'
+    parts.append(f"<text {turned}>mean KL divergence (less is better)</text>")
     placed: list[tuple[float, float]] = []
     for i in sorted(range(len(rows)), key=lambda i: scores[i].mean_kld, reverse=True):
         row, s, px, py = rows[i], scores[i], x(rows[i].n_bytes), y(scores[i].mean_kld)
@@ -145,7 +168,8 @@ def _scatter(rows: Sequence[Row], text: str) -> str:
             label += 1
         placed.append((px, label))
         bar = f"M{px:.1f} {y(s.mean_kld - s.mean_kld_error):.1f}V{y(s.mean_kld + s.mean_kld_error):.1f}"
-        tip = f"{row.name}: {row.n_bytes:,} bytes, {row.bits_per_weight:.3f} bits per weight, {s.mean_kld:.5f} ± {s.mean_kld_error:.5f}"
+        size = f"{row.n_bytes:,} bytes, {row.bits_per_weight:.3f} bits per weight"
+        tip = f"{row.name}: {size}, {s.mean_kld:.5f} ± {s.mean_kld_error:.5f}"
         parts.append(f'<g><path d="{bar}" stroke="{_colour(i)}" stroke-width="2"/>')
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="6" fill="{_colour(i)}"/><title>{escape(tip)}</title></g>')
         parts.append(f'<text class="label" x="{px + 11:.1f}" y="{label:.1f}">{escape(row.name)}</text>')
@@ -153,15 +177,15 @@ def _scatter(rows: Sequence[Row], text: str) -> str:
 
 
 def _tensor_errors(rows: Sequence[Row]) -> str:
-    """One small plot per kind of tensor: relative squared error by layer, all on one scale."""
-    kinds: dict[str, list[dict[int, float]]] = {}
+    """Return one small plot for each kind of tensor: relative squared error by layer, all on one scale."""
+    kinds: dict[str, list[dict[int, float]]] = {}  # for each kind and row: error by layer
     for i, row in enumerate(rows):
         for tensor, error in row.tensor_errors.items():
             block = re.match(r"blk\.(\d+)\.(.+)", tensor)
             kind, layer = (block[2], int(block[1])) if block else (tensor, 0)
             kinds.setdefault(kind.removesuffix(".weight"), [{} for _ in rows])[i][layer] = error
     width, height, left, top, bottom = 300, 170, 48, 8, 140
-    y, ticks = _log_axis([v for lines in kinds.values() for line in lines for v in line.values()], top, bottom)
+    y, ticks = log_axis([v for lines in kinds.values() for line in lines for v in line.values()], top, bottom)
     cards = []
     for kind, lines in kinds.items():
         layers = sorted({layer for line in lines for layer in line})
@@ -171,28 +195,29 @@ def _tensor_errors(rows: Sequence[Row]) -> str:
         parts += [_text(x[layer], bottom + 18, str(layer)) for layer in shown if len(layers) > 1]
         for i, line in enumerate(lines):
             points = " ".join(f"{x[layer]:.1f},{y(error):.1f}" for layer, error in sorted(line.items()))
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{_colour(i)}" stroke-width="1.2" opacity="0.6"/>'
-            )
+            stroke = f'fill="none" stroke="{_colour(i)}" stroke-width="1.2" opacity="0.6"'
+            parts.append(f'<polyline points="{points}" {stroke}/>')
             for layer, error in line.items():
-                tip = escape(
-                    f"{rows[i].name}, layer {layer}: {error:.6f}" if len(layers) > 1 else f"{rows[i].name}: {error:.6f}"
-                )
-                parts.append(
-                    f'<circle cx="{x[layer]:.1f}" cy="{y(error):.1f}" r="3" fill="{_colour(i)}"><title>{tip}</title></circle>'
-                )
+                place = f", layer {layer}" if len(layers) > 1 else ""
+                tip = f"<title>{escape(rows[i].name)}{place}: {error:.6f}</title>"
+                circle = f'cx="{x[layer]:.1f}" cy="{y(error):.1f}" r="3" fill="{_colour(i)}"'
+                parts.append(f"<circle {circle}>{tip}</circle>")
         cards.append(f'<div class="card"><h3>{escape(kind)}</h3>{_svg(width, height, parts)}</div>')
-    note = "Relative squared error of the weights, by layer. Error feedback spends more of it where the layer's output does not notice."
-    return f'<p class="faint">{note}</p><div class="grid">{"".join(cards)}</div>'
+    note = _note(
+        "Relative squared error of the weights, by layer. "
+        "Error feedback spends more of it where the layer's output does not notice."
+    )
+    return f'{note}<div class="grid">{"".join(cards)}</div>'
 
 
 def _positions(layers: Sequence[int], left: float, right: float) -> Mapping[int, float]:
+    """Return the horizontal place of each layer."""
     span = max(len(layers) - 1, 1)
     return {layer: left + (right - left) * (i / span if len(layers) > 1 else 0.5) for i, layer in enumerate(layers)}
 
 
 def _codebooks(row: Row) -> str:
-    """Two rows of ticks per tensor."""
+    """Return a plot of two rows of ticks for each tensor."""
     width, left, pitch = 960, 190, 20
     height = pitch * len(row.codebooks) + 26
 

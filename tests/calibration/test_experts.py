@@ -15,7 +15,7 @@ from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Coverage, Entry, Imatrix, write_imatrix
 from aaac_gguf.models import checkpoint
 from aaac_gguf.models.source import full_precision
-from aaac_gguf.reporting import tables as report
+from aaac_gguf.reporting import conversions
 
 N_EXPERTS = 16
 CONFIG = transformers.MixtralConfig(**COMMON, **SIZES, num_local_experts=N_EXPERTS, num_experts_per_tok=1)
@@ -50,7 +50,7 @@ def test_experts_that_calibration_never_reached(llama_source, tmp_path):
     assert made.coverage.share == pytest.approx(1 - missed / sum(sizes.values()))
     assert (
         f"calibration reached {100 * made.coverage.share:.2f} % of the weights; not reached: blk.0."
-        in report.convert_text(made)
+        in conversions.convert_text(made)
     )
 
     with full_precision(source, tmp_path) as full:
