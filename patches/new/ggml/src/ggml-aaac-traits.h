@@ -3,8 +3,9 @@
 #include "aaac_decode.cuh"
 #include "ggml-aaac.h"
 
-// The rows of ggml.c's table of types. No to_float and no from_float: a block cannot be decoded without the codebooks of its tensor,
-// and generic code that finds a null pointer there says that it cannot convert the type.
+// The rows of ggml.c's table of types. They have no to_float and no from_float, because a block cannot be decoded
+// without the codebooks of its tensor. Generic code that finds a null pointer there says that it cannot convert the
+// type.
 #define GGML_AAAC_TYPE_TRAITS                                  \
     [GGML_TYPE_AAAC4_G16] = {                                  \
         .type_name                = "aaac4_g16",               \

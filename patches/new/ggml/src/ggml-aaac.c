@@ -26,7 +26,7 @@ const char * ggml_aaac_params_error(const int8_t * codebooks, float d, uint8_t m
     if (m < 2 || m > 5) {
         return "scale mantissa bits are not 2, 3, 4 or 5";
     }
-    // the comparison is false for a NaN too; the largest weight must be finite, whatever the scale code
+    // The largest weight must be finite for every scale code. The comparison is false for a NaN too.
     if (!(d > 0.0f && (double) d * (double) aaac_scale_factor(127, m) * 127.0 <= (double) FLT_MAX)) {
         return "the scale base is not positive, or not finite, or overflows";
     }
@@ -36,7 +36,7 @@ const char * ggml_aaac_params_error(const int8_t * codebooks, float d, uint8_t m
 void ggml_aaac_set_params(struct ggml_tensor * weight, const int8_t * codebooks, float d, uint8_t m) {
     GGML_ASSERT(ggml_is_aaac(weight->type) && weight->op == GGML_OP_NONE && weight->view_src == NULL);
     aaac_params params;
-    memset(&params, 0, sizeof(params)); // padding too: op_params are compared and hashed as bytes (RPC)
+    memset(&params, 0, sizeof(params)); // the padding too, because op_params are compared and hashed as bytes (RPC)
     memcpy(params.codebooks, codebooks, sizeof(params.codebooks));
     params.d = d;
     params.m = m;
@@ -47,7 +47,7 @@ const struct aaac_params * ggml_aaac_get_params(const struct ggml_tensor * weigh
     const struct ggml_tensor * leaf = weight->view_src ? weight->view_src : weight;
     const aaac_params * params = (const aaac_params *) leaf->op_params;
     if (params->m < 2 || params->m > 5) {
-        // a copy of a weight that was made without ggml_aaac_copy_params would otherwise give silent nonsense
+        // A copy of a weight that was made without ggml_aaac_copy_params would give wrong results in silence.
         GGML_ABORT("tensor %s: type %s without codebooks", weight->name, ggml_type_name(weight->type));
     }
     return params;
@@ -67,7 +67,7 @@ void ggml_aaac_copy_params(struct ggml_tensor * dst, const struct ggml_tensor * 
     }
 }
 
-// One loop for the three types: their blocks differ only in the accessors.
+// Decode blocks of one type. The types differ only in the accessors of their blocks.
 #define AAAC_DEQUANTIZE(NAME, QK)                                        \
     do {                                                                 \
         const block_##NAME * x = (const block_##NAME *) data;            \
@@ -78,7 +78,8 @@ void ggml_aaac_copy_params(struct ggml_tensor * dst, const struct ggml_tensor * 
         }                                                                \
     } while (0)
 
-void ggml_aaac_dequantize_row(enum ggml_type type, const struct aaac_params * params, const void * data, float * y, int64_t n) {
+void ggml_aaac_dequantize_row(
+        enum ggml_type type, const struct aaac_params * params, const void * data, float * y, int64_t n) {
     GGML_ASSERT(n % ggml_blck_size(type) == 0);
     switch (type) {
         case GGML_TYPE_AAAC4_G16:  AAAC_DEQUANTIZE(aaac4_g16,  QK_AAAC4_G16);  break;
@@ -95,22 +96,56 @@ bool ggml_aaac_validate_blocks(enum ggml_type type, const void * data, size_t n_
     const block_aaac4_g128 * x = (const block_aaac4_g128 *) data;
     for (size_t ib = 0; ib < n_blocks; ++ib) {
         if (x[ib].s > 0x7F) {
-            fprintf(stderr, "ggml_validate_row_data: scale code above 127 at block %zu of type %s\n", ib, ggml_type_name(type));
+            fprintf(stderr, "ggml_validate_row_data: scale code above 127 at block %zu of type %s\n",
+                    ib, ggml_type_name(type));
             return false;
         }
     }
     return true;
 }
 
-bool ggml_aaac_refuses(const char * reg_name, const struct ggml_tensor * op) {
-    bool uses = ggml_is_aaac(op->type);
-    for (int i = 0; i < GGML_MAX_SRC && op->src[i]; ++i) {
-        uses = uses || ggml_is_aaac(op->src[i]->type);
+// Return whether op or one of its sources is an AAAC tensor.
+static bool touches_aaac(const struct ggml_tensor * op) {
+    if (ggml_is_aaac(op->type)) {
+        return true;
     }
-    if (!uses) {
+    for (int i = 0; i < GGML_MAX_SRC; ++i) { // a source may be missing before one that is there
+        if (op->src[i] && ggml_is_aaac(op->src[i]->type)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool ggml_aaac_uses(const struct ggml_tensor * op) {
+    return !ggml_op_is_empty(op->op) && touches_aaac(op);
+}
+
+bool ggml_aaac_supports_op(const struct ggml_tensor * op) {
+    const struct ggml_tensor * src0 = op->src[0];
+    const struct ggml_tensor * src1 = op->src[1];
+    if (!src0 || !ggml_is_aaac(src0->type) || src0->nb[0] != ggml_type_size(src0->type)) {
         return false;
     }
-    // these decide for themselves, operation by operation; RPC passes op_params on to a backend that does
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+            return src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float);
+        case GGML_OP_GET_ROWS:
+            return op->type == GGML_TYPE_F32;
+        case GGML_OP_CPY:
+            return op->type == GGML_TYPE_F32 || op->type == GGML_TYPE_F16 || op->type == GGML_TYPE_BF16;
+        default:
+            return false;
+    }
+}
+
+bool ggml_aaac_refuses(const char * reg_name, const struct ggml_tensor * op) {
+    // a view counts here: its data is in the memory of a backend, which must know the type
+    if (!touches_aaac(op)) {
+        return false;
+    }
+    // These decide for themselves, operation by operation. RPC passes op_params on to a backend that does.
     static const char * const aware[] = { "CPU", "CUDA", "ROCm", "MUSA", "RPC" };
     for (size_t i = 0; i < sizeof(aware)/sizeof(aware[0]); ++i) {
         if (strncmp(reg_name, aware[i], strlen(aware[i])) == 0) { // an RPC server adds its address

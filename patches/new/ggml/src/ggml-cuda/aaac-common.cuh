@@ -1,12 +1,11 @@
 #pragma once
 
-// What the .cu files of the AAAC types share.
+// The helpers that aaac.cu and aaac-decode.cu share.
 
 #include "aaac.cuh"
 #include "aaac_device.cuh"
-#include "ggml-aaac.h"
 
-// calls f with the traits of a type
+// Call f with the struct of a type, which says how to read its blocks.
 template <class F>
 static void with_type(ggml_type type, F f) {
     switch (type) {
@@ -21,7 +20,7 @@ static unsigned ceil_div(int64_t a, int64_t b) {
     return (unsigned) ((a + b - 1)/b);
 }
 
-// the loads of 16 bytes take it for granted
+// Abort if p is not aligned as the loads of 16 bytes need it.
 static void check_aligned(const void * p) {
     GGML_ASSERT((uintptr_t) p % 16 == 0);
 }

@@ -5,7 +5,7 @@
 #include "aaac-common.cuh"
 #include "aaac_dequant.cuh"
 
-// Tensors of any shape and strides, strides in bytes
+// The shape and strides of a tensor, strides in bytes.
 struct aaac_layout {
     int64_t ne0, ne1, ne2;
     int64_t nb0, nb1, nb2, nb3;
@@ -13,9 +13,11 @@ struct aaac_layout {
 };
 
 static aaac_layout layout_of(const ggml_tensor * t) {
-    return { t->ne[0], t->ne[1], t->ne[2], (int64_t) t->nb[0], (int64_t) t->nb[1], (int64_t) t->nb[2], (int64_t) t->nb[3], (int) ggml_blck_size(t->type) };
+    return { t->ne[0], t->ne[1], t->ne[2], (int64_t) t->nb[0], (int64_t) t->nb[1], (int64_t) t->nb[2],
+        (int64_t) t->nb[3], (int) ggml_blck_size(t->type) };
 }
 
+// Return the offset in bytes of element i. Elements are numbered in logical order, whatever the strides.
 static __device__ __forceinline__ int64_t offset_of(const aaac_layout & l, int64_t i) {
     const int64_t i0 = i % l.ne0;
     i /= l.ne0;
@@ -24,9 +26,10 @@ static __device__ __forceinline__ int64_t offset_of(const aaac_layout & l, int64
     return i0/l.block*l.nb0 + i1*l.nb1 + i % l.ne2*l.nb2 + i/l.ne2*l.nb3;
 }
 
-// CPY keeps the order of the elements; shapes and strides may differ. One thread per unit.
+// Copy the elements in logical order: source and result may have different shapes and strides. One thread per unit.
 template <class T, class O>
-static __global__ void k_aaac_cpy(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * src, const aaac_layout from, char * dst, const aaac_layout to, int64_t n_units) {
+static __global__ void k_aaac_cpy(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * src, const aaac_layout from,
+                                  char * dst, const aaac_layout to, int64_t n_units) {
     __shared__ aaac_tables tables;
     aaac_make_tables(p, threadIdx.x, &tables);
     __syncthreads();
@@ -34,7 +37,7 @@ static __global__ void k_aaac_cpy(const AAAC_GRID_CONSTANT aaac_params p, const 
     if (unit >= n_units) {
         return;
     }
-    const int64_t block = unit/T::units*T::units*AAAC_UNIT; // its first element
+    const int64_t block = unit/T::units*T::units*AAAC_UNIT; // the first element of the unit's block
     const int     v     = unit % T::units;
     aaac_raw raw;
     float    weights[32];
@@ -52,8 +55,10 @@ void ggml_cuda_aaac_cpy(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const int64_t n_units = ggml_nelements(src0)/AAAC_UNIT;
     const auto run = [&](auto o) {
         with_type(src0->type, [&](auto t) {
-            k_aaac_cpy<decltype(t), decltype(o)><<<ceil_div(n_units, AAAC_DEQUANT_THREADS), AAAC_DEQUANT_THREADS, 0, ctx.stream()>>>(
-                *ggml_aaac_get_params(src0), (const uint8_t *) src0->data, layout_of(src0), (char *) dst->data, layout_of(dst), n_units);
+            const unsigned n_blocks = ceil_div(n_units, AAAC_DEQUANT_THREADS);
+            k_aaac_cpy<decltype(t), decltype(o)><<<n_blocks, AAAC_DEQUANT_THREADS, 0, ctx.stream()>>>(
+                *ggml_aaac_get_params(src0), (const uint8_t *) src0->data, layout_of(src0), (char *) dst->data,
+                layout_of(dst), n_units);
         });
     };
     switch (dst->type) {
@@ -65,6 +70,7 @@ void ggml_cuda_aaac_cpy(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     CUDA_CHECK(cudaGetLastError());
 }
 
+// The ids of GET_ROWS, and the strides of the source.
 struct aaac_rows {
     const char * ids;
     int64_t      ne0, ne1; // of ids
@@ -72,9 +78,10 @@ struct aaac_rows {
     int64_t      src_nb1, src_nb2, src_nb3;
 };
 
-// One thread per unit of the output, which is contiguous.
+// Decode the rows that ids name. One thread per unit of the result, which is contiguous.
 template <class T>
-static __global__ void k_aaac_get_rows(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * src, const aaac_rows rows, int k, int64_t n_units, float * dst) {
+static __global__ void k_aaac_get_rows(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * src,
+                                       const aaac_rows rows, int k, int64_t n_units, float * dst) {
     __shared__ aaac_tables tables;
     aaac_make_tables(p, threadIdx.x, &tables);
     __syncthreads();
@@ -88,18 +95,21 @@ static __global__ void k_aaac_get_rows(const AAAC_GRID_CONSTANT aaac_params p, c
     const int64_t i11 = j/rows.ne0 % rows.ne1;
     const int64_t i12 = j/rows.ne0 / rows.ne1;
     const int64_t i01 = *(const int32_t *) (rows.ids + i10*rows.nb0 + i11*rows.nb1 + i12*rows.nb2);
-    aaac_dequant_unit<T, float>(p, tables, src + i01*rows.src_nb1 + i11*rows.src_nb2 + i12*rows.src_nb3, (int) (unit % per_row), dst + j*k);
+    const uint8_t * row = src + i01*rows.src_nb1 + i11*rows.src_nb2 + i12*rows.src_nb3;
+    aaac_dequant_unit<T, float>(p, tables, row, (int) (unit % per_row), dst + j*k);
 }
 
 void ggml_cuda_aaac_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
-    const aaac_rows rows = { (const char *) src1->data, src1->ne[0], src1->ne[1], (int64_t) src1->nb[0], (int64_t) src1->nb[1], (int64_t) src1->nb[2],
+    const aaac_rows rows = { (const char *) src1->data, src1->ne[0], src1->ne[1],
+        (int64_t) src1->nb[0], (int64_t) src1->nb[1], (int64_t) src1->nb[2],
         (int64_t) src0->nb[1], (int64_t) src0->nb[2], (int64_t) src0->nb[3] };
     const int64_t n_units = ggml_nelements(dst)/AAAC_UNIT;
     check_aligned(dst->data);
     with_type(src0->type, [&](auto t) {
-        k_aaac_get_rows<decltype(t)><<<ceil_div(n_units, AAAC_DEQUANT_THREADS), AAAC_DEQUANT_THREADS, 0, ctx.stream()>>>(
+        const unsigned n_blocks = ceil_div(n_units, AAAC_DEQUANT_THREADS);
+        k_aaac_get_rows<decltype(t)><<<n_blocks, AAAC_DEQUANT_THREADS, 0, ctx.stream()>>>(
             *ggml_aaac_get_params(src0), (const uint8_t *) src0->data, rows, src0->ne[0], n_units, (float *) dst->data);
     });
     CUDA_CHECK(cudaGetLastError());

@@ -1,48 +1,31 @@
 #include "aaac.cuh"
-#include "ggml-aaac.h"
-
-bool ggml_cuda_aaac_uses(const ggml_tensor * op) {
-    switch (op->op) {
-        case GGML_OP_NONE:
-        case GGML_OP_VIEW:
-        case GGML_OP_RESHAPE:
-        case GGML_OP_PERMUTE:
-        case GGML_OP_TRANSPOSE:
-            return false;
-        default:
-            // only the first sources of any op are weights, and every op of a graph passes here
-            return ggml_is_aaac(op->type) || (op->src[0] && ggml_is_aaac(op->src[0]->type)) || (op->src[1] && ggml_is_aaac(op->src[1]->type));
-    }
-}
 
 bool ggml_cuda_aaac_supports_op(int cc, const ggml_tensor * op) {
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
     GGML_UNUSED_VARS(cc, op);
-    return false; // never built there
+    return false; // these builds leave the kernels out
 #else
-    // the tensor core kernels need Turing, in the device and in the code that was compiled for it
+    // the tensor core kernels need Turing: the device must have it, and its code must have been compiled for it
     if (cc < GGML_CUDA_CC_TURING || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_TURING) {
+        return false;
+    }
+    if (!ggml_aaac_supports_op(op)) {
         return false;
     }
     const ggml_tensor * src0 = op->src[0];
     const ggml_tensor * src1 = op->src[1];
-    if (!src0 || !ggml_is_aaac(src0->type) || src0->nb[0] != ggml_type_size(src0->type)) {
-        return false;
-    }
     switch (op->op) {
         case GGML_OP_MUL_MAT:
-            // the second and third dimension are dimensions of a grid
-            return src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && ggml_is_contiguous(op) && src1->ne[2] < 65536 && src1->ne[3] < 65536;
+            // dimensions 2 and 3 are dimensions of a grid
+            return ggml_is_contiguous(op) && src1->ne[2] < 65536 && src1->ne[3] < 65536;
         case GGML_OP_MUL_MAT_ID:
-            // whole groups of 4 activations are loaded, and rows are numbered across tokens
-            return src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && ggml_is_contiguous(op) && op->src[2]->nb[0] == sizeof(int32_t)
-                && src0->ne[2] < 65536 && src1->nb[1] % 16 == 0 && src1->nb[2] % src1->nb[1] == 0;
+            // activations are loaded 4 at a time, and rows are numbered across tokens
+            return ggml_is_contiguous(op) && op->src[2]->nb[0] == sizeof(int32_t) && src0->ne[2] < 65536
+                && src1->nb[1] % 16 == 0 && src1->nb[2] % src1->nb[1] == 0;
         case GGML_OP_GET_ROWS:
-            return op->type == GGML_TYPE_F32 && ggml_is_contiguous(op) && src1->type == GGML_TYPE_I32;
-        case GGML_OP_CPY:
-            return op->type == GGML_TYPE_F32 || op->type == GGML_TYPE_F16 || op->type == GGML_TYPE_BF16;
+            return ggml_is_contiguous(op) && src1->type == GGML_TYPE_I32;
         default:
-            return false;
+            return true;
     }
 #endif
 }
@@ -55,8 +38,8 @@ bool ggml_cuda_aaac_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor
 }
 
 void ggml_cuda_aaac_mul_mat_vec(
-        ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, ggml_tensor * dst,
-        const ggml_cuda_mm_fusion_args_host * fusion) {
+        ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
+        ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion) {
     GGML_UNUSED_VARS(ctx, src0, src1, ids, dst, fusion);
     GGML_ABORT("fatal error");
 }
@@ -72,17 +55,19 @@ void ggml_cuda_aaac_mul_mat_vec(
 
 #include <algorithm>
 
-// Up to here several passes over the blocks, 8 columns each, move fewer bytes than one that writes and reads halves: 0.56 a weight for each pass
-// against 4.56. An estimate; where the two meet on a GPU has not been measured.
+// For up to this many columns, a pass over the blocks for every 8 columns moves fewer bytes than decoding to halves:
+// 0.56 bytes per weight and pass, against 4.56 in all. This is an estimate. Where the two meet on a GPU was not
+// measured.
 static constexpr int64_t MAX_VEC_COLS = 32;
 
 //
 // decode batches
 //
 
-struct aaac_tensor { // float, strides in elements
+// A float tensor, strides in elements.
+struct aaac_tensor {
     const float * data;
-    unsigned ne1, ne2; // 32 bits: a division of 64 takes longer than the rest of a small kernel
+    unsigned ne1, ne2; // 32 bits, because a 64-bit division takes longer than the rest of a small kernel
     int64_t  s1, s2, s3;
 };
 
@@ -91,17 +76,23 @@ static aaac_tensor tensor_of(const ggml_tensor * t) {
         (int64_t) (t->nb[1]/sizeof(float)), (int64_t) (t->nb[2]/sizeof(float)), (int64_t) (t->nb[3]/sizeof(float)) };
 }
 
-// columns in the order of their logical indices; grid (columns, ceil(k / 128))
-static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS) k_aaac_quantize(const aaac_tensor x, int k, uint8_t * q8) {
-    ggml_cuda_pdl_lc(); // the product may start: it loads weights until this is done
+// Return column col of x. Columns are numbered in logical order, whatever the strides.
+static __device__ __forceinline__ const float * column_of(const aaac_tensor & x, unsigned col) {
+    const unsigned i1 = col % x.ne1;
+    const unsigned i2 = col/x.ne1 % x.ne2;
+    const unsigned i3 = col/x.ne1 / x.ne2;
+    return x.data + i1*x.s1 + i2*x.s2 + i3*x.s3;
+}
+
+// Quantize the columns of x. Grid: (columns, ceil(k / 128))
+static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS)
+k_aaac_quantize(const aaac_tensor x, int k, uint8_t * q8) {
+    ggml_cuda_pdl_lc(); // the product may start: it loads weights while this kernel runs
     ggml_cuda_pdl_sync();
     const unsigned col = blockIdx.x;
     const int64_t  i   = (int64_t) blockIdx.y*AAAC_MATVEC_THREADS + threadIdx.x;
     if (i < k) {
-        const unsigned i1 = col % x.ne1;
-        const unsigned i2 = col/x.ne1 % x.ne2;
-        const unsigned i3 = col/x.ne1 / x.ne2;
-        aaac_quantize_32(x.data + i1*x.s1 + i2*x.s2 + i3*x.s3, i, k, q8 + col*aaac_q8_stride(k));
+        aaac_quantize_32(column_of(x, col), i, k, q8 + col*aaac_q8_stride(k));
     }
 }
 
@@ -111,18 +102,18 @@ struct aaac_mul_mat_args {
     int             n_rows, k;
     const uint8_t * q8;
     unsigned        ne11, ne12;    // columns of q8 are numbered i1 + ne11*(i2 + ne12*i3)
-    int             col0, n_cols;  // those that this launch multiplies
+    int             col0, n_cols;  // the columns of this launch
     int             r2, r3;        // how many matrices of src1 share one of w
     float         * dst;
     int64_t         s1, s2, s3;    // of dst, in elements
-    const int32_t * ids;           // MUL_MAT_ID: blockIdx.y is the slot, blockIdx.z the token
+    const int32_t * ids;           // MUL_MAT_ID, else null. blockIdx.y is the slot, blockIdx.z the token
     int64_t         ids_s1;
 };
 
 struct aaac_fusion {
     aaac_params     gate_params;
-    const uint8_t * gate;       // weights of the strides of w, or null
-    aaac_tensor     bias;       // data may be null; for MUL_MAT_ID one row per expert
+    const uint8_t * gate;       // weights with the strides of w, or null
+    aaac_tensor     bias;       // data may be null. For MUL_MAT_ID it has one row per expert
     aaac_tensor     gate_bias;
     int             glu_op;
     float           glu_limit;
@@ -140,7 +131,8 @@ static __device__ __forceinline__ float aaac_glu(int op, float gate, float up, f
 
 template <class T, int N, bool FUSED>
 static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(FUSED ? 2 : N)) k_aaac_mul_mat_vec(
-        const AAAC_GRID_CONSTANT aaac_params p, const AAAC_GRID_CONSTANT aaac_mul_mat_args a, const AAAC_GRID_CONSTANT aaac_fusion f) {
+        const AAAC_GRID_CONSTANT aaac_params p, const AAAC_GRID_CONSTANT aaac_mul_mat_args a,
+        const AAAC_GRID_CONSTANT aaac_fusion f) {
     constexpr int R = aaac_matvec_rows(N);
     constexpr int V = R*N;
     __shared__ aaac_tables tables;
@@ -148,7 +140,7 @@ static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks
 
     int64_t matrix, col, dst, expert = 0;
     if (a.ids) {
-        ggml_cuda_pdl_sync(); // which weights, an earlier kernel has decided
+        ggml_cuda_pdl_sync(); // because an earlier kernel writes ids, and they say which weights to load
         expert = a.ids[blockIdx.y + blockIdx.z*a.ids_s1];
         matrix = expert*a.nb2;
         col    = (int64_t) blockIdx.z*a.ne11 + blockIdx.y % a.ne11;
@@ -165,7 +157,8 @@ static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks
     const bool      mine = threadIdx.x < V && row < a.n_rows && c < a.n_cols;
 
     float sum[V];
-    aaac_dot_rows<T, N>(p, &tables, a.w + matrix, a.nb1, row0, a.n_rows, a.k, q8, a.n_cols, sum, [] { ggml_cuda_pdl_sync(); });
+    const auto wait = [] { ggml_cuda_pdl_sync(); };
+    aaac_dot_rows<T, N>(p, &tables, a.w + matrix, a.nb1, row0, a.n_rows, a.k, q8, a.n_cols, sum, wait);
     float result = p.d*aaac_block_sums<V>(sum, partial);
 
     if constexpr (FUSED) {
@@ -176,7 +169,8 @@ static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks
         if (f.gate) {
             __shared__ aaac_tables gate_tables;
             __shared__ float gate_partial[V*AAAC_MATVEC_WARPS];
-            aaac_dot_rows<T, N>(f.gate_params, &gate_tables, f.gate + matrix, a.nb1, row0, a.n_rows, a.k, q8, a.n_cols, sum, [] {});
+            aaac_dot_rows<T, N>(f.gate_params, &gate_tables, f.gate + matrix, a.nb1, row0, a.n_rows, a.k, q8, a.n_cols,
+                                sum, [] {});
             const float gate = f.gate_params.d*aaac_block_sums<V>(sum, gate_partial) + bias(f.gate_bias);
             result = aaac_glu(f.glu_op, gate, result, f.glu_limit);
         }
@@ -187,9 +181,10 @@ static __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks
 }
 
 void ggml_cuda_aaac_mul_mat_vec(
-        ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, ggml_tensor * dst,
-        const ggml_cuda_mm_fusion_args_host * fusion) {
-    GGML_ASSERT(src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
+        ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
+        ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion) {
+    GGML_ASSERT(src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float));
+    GGML_ASSERT(dst->type == GGML_TYPE_F32 && dst->nb[0] == sizeof(float));
     const int64_t k      = src0->ne[0];
     const int64_t n_cols = ids ? 1 : src1->ne[1];
     cudaStream_t stream = ctx.stream();
@@ -203,7 +198,8 @@ void ggml_cuda_aaac_mul_mat_vec(
             fused.gate_params = *ggml_aaac_get_params(fusion->gate);
         }
         for (const ggml_tensor * bias : { fusion->x_bias, fusion->gate_bias }) {
-            GGML_ASSERT(!bias || (bias->type == GGML_TYPE_F32 && bias->ne[0] == dst->ne[0] && bias->nb[0] == sizeof(float)));
+            GGML_ASSERT(!bias || (bias->type == GGML_TYPE_F32 && bias->nb[0] == sizeof(float)));
+            GGML_ASSERT(!bias || bias->ne[0] == dst->ne[0]);
         }
         fused.bias      = fusion->x_bias    ? tensor_of(fusion->x_bias)    : aaac_tensor{};
         fused.gate_bias = fusion->gate_bias ? tensor_of(fusion->gate_bias) : aaac_tensor{};
@@ -214,8 +210,8 @@ void ggml_cuda_aaac_mul_mat_vec(
     ggml_cuda_pool_alloc<uint8_t> q8(ctx.pool(), ggml_nrows(src1)*aaac_q8_stride(k));
     check_aligned(q8.get());
     const dim3 quantize_grid(ggml_nrows(src1), ceil_div(k, AAAC_MATVEC_THREADS));
-    ggml_cuda_kernel_launch(k_aaac_quantize, ggml_cuda_kernel_launch_params(quantize_grid, AAAC_MATVEC_THREADS, (size_t) 0, stream),
-        tensor_of(src1), (int) k, q8.get());
+    const ggml_cuda_kernel_launch_params quantize(quantize_grid, AAAC_MATVEC_THREADS, (size_t) 0, stream);
+    ggml_cuda_kernel_launch(k_aaac_quantize, quantize, tensor_of(src1), (int) k, q8.get());
 
     const aaac_tensor y = tensor_of(dst);
     aaac_mul_mat_args args = {};
@@ -243,7 +239,8 @@ void ggml_cuda_aaac_mul_mat_vec(
         using T = decltype(t);
         const auto launch = [&](auto kernel, int n) {
             const dim3 grid(ceil_div(args.n_rows, aaac_matvec_rows(n)), batch.y, batch.z);
-            ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, AAAC_MATVEC_THREADS, (size_t) 0, stream), params, args, fused);
+            const ggml_cuda_kernel_launch_params launch_params(grid, AAAC_MATVEC_THREADS, (size_t) 0, stream);
+            ggml_cuda_kernel_launch(kernel, launch_params, params, args, fused);
         };
         for (args.col0 = 0; args.col0 < n_cols; args.col0 += MMVQ_MAX_BATCH_SIZE) {
             args.n_cols = std::min<int64_t>(n_cols - args.col0, MMVQ_MAX_BATCH_SIZE);
@@ -260,31 +257,31 @@ void ggml_cuda_aaac_mul_mat_vec(
 // prompts
 //
 
-// float columns of any strides to contiguous halves; grid (columns, ceil(k / 256))
+// Round the columns of x to contiguous halves. Grid: (columns, ceil(k / 256))
 static __global__ void k_aaac_to_f16(const aaac_tensor x, int k, aaac_f16 * y) {
     const unsigned col = blockIdx.x;
     const int64_t  i   = (int64_t) blockIdx.y*blockDim.x + threadIdx.x;
     if (i < k) {
-        const unsigned i1 = col % x.ne1;
-        const unsigned i2 = col/x.ne1 % x.ne2;
-        const unsigned i3 = col/x.ne1 / x.ne2;
-        y[(int64_t) col*k + i] = aaac_from_float<aaac_f16>(x.data[i1*x.s1 + i2*x.s2 + i3*x.s3 + i]);
+        y[(int64_t) col*k + i] = aaac_from_float<aaac_f16>(column_of(x, col)[i]);
     }
 }
 
+// Decode n_rows rows of src0, from data, to y.
 template <class O>
 static void dequantize(const ggml_tensor * src0, const void * data, int64_t n_rows, O * y, cudaStream_t stream) {
     check_aligned(y);
     with_type(src0->type, [&](auto t) {
         const int64_t n_units = n_rows*src0->ne[0]/AAAC_UNIT;
         aaac_dequant<decltype(t), O><<<ceil_div(n_units, AAAC_DEQUANT_THREADS), AAAC_DEQUANT_THREADS, 0, stream>>>(
-            *ggml_aaac_get_params(src0), (const uint8_t *) data, src0->nb[1], src0->ne[0], (uint32_t) n_units, y, src0->ne[0]);
+            *ggml_aaac_get_params(src0), (const uint8_t *) data, src0->nb[1], src0->ne[0], (uint32_t) n_units, y,
+            src0->ne[0]);
     });
     CUDA_CHECK(cudaGetLastError());
 }
 
-// Decode each matrix to half and leave the product to cuBLAS, with sums in float32.
-static void mul_mat_cublas(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
+// Decode each matrix to halves and leave the product to cuBLAS, with sums in float32.
+static void mul_mat_cublas(
+        ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
     const int64_t k = src0->ne[0];
     const int64_t n = src0->ne[1];
     const int64_t n_cols = src1->ne[1];
@@ -314,8 +311,11 @@ static void mul_mat_cublas(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     }
 }
 
-// Tokens sorted by expert on the device, then one launch for all experts: no synchronization, so CUDA graphs stay usable.
-static void mul_mat_id_experts(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, ggml_tensor * dst) {
+// Sort the tokens by expert on the device, and multiply with one launch for all experts. Nothing waits for the device,
+// so CUDA graphs stay usable.
+static void mul_mat_id_experts(
+        ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
+        ggml_tensor * dst) {
     const int64_t n_experts = src0->ne[2];
     const int64_t n_used    = ids->ne[0];
     const int64_t n_tokens  = ids->ne[1];
@@ -324,24 +324,26 @@ static void mul_mat_id_experts(ggml_backend_cuda_context & ctx, const ggml_tenso
     ggml_cuda_pool_alloc<int32_t> sources(ctx.pool(), n_tokens*n_used);
     ggml_cuda_pool_alloc<int32_t> targets(ctx.pool(), n_tokens*n_used);
     ggml_cuda_pool_alloc<int32_t> bounds (ctx.pool(), n_experts + 1);
-    ggml_cuda_launch_mm_ids_helper((const int32_t *) ids->data, sources.get(), targets.get(), bounds.get(), n_experts, n_tokens, n_used,
-        src1->ne[1], ids->nb[1]/sizeof(int32_t), src1->nb[2]/src1->nb[1], /*write_inverse =*/ false, stream);
+    ggml_cuda_launch_mm_ids_helper((const int32_t *) ids->data, sources.get(), targets.get(), bounds.get(), n_experts,
+        n_tokens, n_used, src1->ne[1], ids->nb[1]/sizeof(int32_t), src1->nb[2]/src1->nb[1], /*write_inverse =*/ false,
+        stream);
     CUDA_CHECK(cudaGetLastError());
 
     check_aligned(src1->data);
     const aaac_experts experts = { bounds.get(), sources.get(), targets.get(), (int64_t) src0->nb[2] };
-    // a token uses an expert at most once
+    // an expert has n_tokens columns at most, because a token uses it at most once
     const dim3 grid(ceil_div(src0->ne[1], AAAC_MATMUL_ROWS), ceil_div(n_tokens, AAAC_MATMUL_COLS), n_experts);
     with_type(src0->type, [&](auto t) {
         aaac_matmul<decltype(t), float><<<grid, AAAC_MATMUL_THREADS, 0, stream>>>(
             *ggml_aaac_get_params(src0), (const uint8_t *) src0->data, src0->nb[1], src0->ne[1], src0->ne[0],
-            (const float *) src1->data, src1->nb[1]/sizeof(float), n_tokens, (float *) dst->data, dst->nb[1]/sizeof(float), experts);
+            (const float *) src1->data, src1->nb[1]/sizeof(float), n_tokens, (float *) dst->data,
+            dst->nb[1]/sizeof(float), experts);
     });
     CUDA_CHECK(cudaGetLastError());
 }
 
 bool ggml_cuda_aaac_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor * op) {
-    if (!ggml_cuda_aaac_uses(op)) {
+    if (!ggml_aaac_uses(op)) {
         return false;
     }
     const ggml_tensor * src0 = op->src[0];

@@ -1,19 +1,18 @@
 #include "aaac-simple.h"
 
-#include "aaac.h"
-
 #include "aaac_decode.cuh"
 #include "ggml-aaac.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 
+static constexpr int MAX_BLOCK = QK_AAAC4_G128; // weights in the largest block
+
 void ggml_cpu_aaac_check_shapes(const ggml_tensor * dst) {
-    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst));
+    GGML_ASSERT(ggml_aaac_supports_op(dst));
     GGML_ASSERT(dst->src[0]->ne[0] == dst->src[1]->ne[0]);
     GGML_ASSERT(dst->type == GGML_TYPE_F32 && dst->nb[0] == sizeof(float)); // not transposed
 }
 
-// Products without any of aaac.cpp: float activations, scalar decode, sums in double. ggml_backend_cpu_set_use_ref asks for it.
 void ggml_cpu_aaac_mul_mat_reference(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
@@ -21,15 +20,17 @@ void ggml_cpu_aaac_mul_mat_reference(const ggml_compute_params * params, ggml_te
     const aaac_params * p    = ggml_aaac_get_params(src0);
     ggml_cpu_aaac_check_shapes(dst);
 
-    constexpr int MAX_BLOCK = QK_AAAC4_G128;
     const int64_t block = ggml_blck_size(src0->type);
     for (int64_t j = params->ith; j < ggml_nrows(dst); j += params->nth) {
         const int64_t i1 = j % dst->ne[1];
         const int64_t i2 = j/dst->ne[1] % dst->ne[2];
         const int64_t i3 = j/dst->ne[1] / dst->ne[2];
-        const int64_t i02 = ids ? *(const int32_t *) ((const char *) ids->data + i1*ids->nb[0] + i2*ids->nb[1]) : i2/(src1->ne[2]/src0->ne[2]);
+        const int64_t i02 = ids ? *(const int32_t *) ((const char *) ids->data + i1*ids->nb[0] + i2*ids->nb[1])
+                                : i2/(src1->ne[2]/src0->ne[2]);
         const int64_t i03 = ids ? 0 : i3/(src1->ne[3]/src0->ne[3]);
-        const float * x = (const float *) ((const char *) src1->data + (ids ? i1 % src1->ne[1] : i1)*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3]);
+        const int64_t i11 = ids ? i1 % src1->ne[1] : i1;
+        const char * column = (const char *) src1->data + i11*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
+        const float * x = (const float *) column;
         float       * y = (float *) ((char *) dst->data + i1*dst->nb[1] + i2*dst->nb[2] + i3*dst->nb[3]);
         for (int64_t row = 0; row < src0->ne[1]; ++row) {
             const char * data = (const char *) src0->data + row*src0->nb[1] + i02*src0->nb[2] + i03*src0->nb[3];
@@ -50,35 +51,37 @@ void ggml_cpu_aaac_get_rows(const ggml_compute_params * params, ggml_tensor * ds
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const aaac_params * p    = ggml_aaac_get_params(src0);
-    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst) && dst->nb[0] == sizeof(float));
+    GGML_ASSERT(ggml_aaac_supports_op(dst) && dst->nb[0] == sizeof(float));
 
     for (int64_t j = params->ith; j < ggml_nelements(src1); j += params->nth) {
         const int64_t i10 = j % src1->ne[0];
         const int64_t i11 = j/src1->ne[0] % src1->ne[1];
         const int64_t i12 = j/src1->ne[0] / src1->ne[1];
-        const int64_t i01 = *(const int32_t *) ((const char *) src1->data + i10*src1->nb[0] + i11*src1->nb[1] + i12*src1->nb[2]);
+        const char * id = (const char *) src1->data + i10*src1->nb[0] + i11*src1->nb[1] + i12*src1->nb[2];
+        const int64_t i01 = *(const int32_t *) id;
         GGML_ASSERT(i01 >= 0 && i01 < src0->ne[1]);
-        ggml_aaac_dequantize_row(src0->type, p, (const char *) src0->data + i01*src0->nb[1] + i11*src0->nb[2] + i12*src0->nb[3],
-                                 (float *) ((char *) dst->data + i10*dst->nb[1] + i11*dst->nb[2] + i12*dst->nb[3]), src0->ne[0]);
+        const char * row = (const char *) src0->data + i01*src0->nb[1] + i11*src0->nb[2] + i12*src0->nb[3];
+        float      * y   = (float *) ((char *) dst->data + i10*dst->nb[1] + i11*dst->nb[2] + i12*dst->nb[3]);
+        ggml_aaac_dequantize_row(src0->type, p, row, y, src0->ne[0]);
     }
 }
 
-// address of element number i of a tensor, in the order of its logical elements
+// Return the address of element i of a tensor. Elements are numbered in logical order, whatever the strides.
 static char * element(const ggml_tensor * t, int64_t i) {
     const int64_t i0 = i % t->ne[0];
     i /= t->ne[0];
     const int64_t i1 = i % t->ne[1];
     i /= t->ne[1];
-    return (char *) t->data + i0/ggml_blck_size(t->type)*t->nb[0] + i1*t->nb[1] + i % t->ne[2]*t->nb[2] + i/t->ne[2]*t->nb[3];
+    return (char *) t->data + i0/ggml_blck_size(t->type)*t->nb[0] + i1*t->nb[1] + i % t->ne[2]*t->nb[2]
+        + i/t->ne[2]*t->nb[3];
 }
 
-// CPY keeps the order of the elements; shapes and strides may differ
+// Copy the elements in logical order: source and result may have different shapes and strides.
 void ggml_cpu_aaac_cpy(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const aaac_params * p    = ggml_aaac_get_params(src0);
-    GGML_ASSERT(ggml_cpu_aaac_supports_op(dst) && ggml_nelements(dst) == ggml_nelements(src0));
+    GGML_ASSERT(ggml_aaac_supports_op(dst) && ggml_nelements(dst) == ggml_nelements(src0));
 
-    constexpr int MAX_BLOCK = QK_AAAC4_G128;
     const int64_t block = ggml_blck_size(src0->type);
     for (int64_t i = params->ith*block; i < ggml_nelements(src0); i += params->nth*block) {
         float values[MAX_BLOCK];

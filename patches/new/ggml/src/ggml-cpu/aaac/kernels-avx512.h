@@ -1,7 +1,12 @@
 #pragma once
 
-// AVX-512 with VNNI. vpdpbusd multiplies unsigned by signed bytes and takes its signed operand from memory with a broadcast, so the weights
-// are the unsigned side: levels are stored with 128 added, and sums of the activations take that out again (act_view::corr).
+// AVX-512 with VNNI.
+//
+// vpdpbusd multiplies unsigned by signed bytes, and can take the signed ones from memory with a broadcast. So the
+// weights are the unsigned side: 128 is added to the levels, and sums of the activations (act_view::corr) take it out
+// again.
+
+#include "kernels-common.h"
 
 #include <immintrin.h>
 
@@ -14,7 +19,7 @@ constexpr int DOT_COLS     = 4;
 constexpr int MAX_DOT_COLS = 16;
 constexpr int CHUNK        = 256; // weights of a row that dot_rows takes at once
 constexpr int LEVEL_OFFSET = 128;
-constexpr float SCALE_FACTOR = 2.0f; // of weight_chunk::scale
+constexpr float SCALE_FACTOR = 2.0f; // in weight_chunk::scale
 
 using vec_i = __m512i;
 using vec_f = __m512;
@@ -35,7 +40,7 @@ struct levels_table {
     }
 };
 
-// each of the 4 selector bits as 16 bits: which bytes of a run take the second codebook
+// Return which bytes of a run take the second codebook: each of the 4 selector bits becomes 16 bits.
 inline __mmask64 selector_mask(uint32_t selectors) {
     alignas(64) static const uint64_t mask[16] = {
         0x0000000000000000, 0x000000000000ffff, 0x00000000ffff0000, 0x00000000ffffffff,
@@ -46,10 +51,16 @@ inline __mmask64 selector_mask(uint32_t selectors) {
     return _cvtu64_mask64(mask[selectors]);
 }
 
+// Return the levels of 64 indices. A bit of selectors chooses the codebook for each.
+inline __m512i masked_look_up(const levels_table & t, __m512i idx, __mmask64 selectors) {
+    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.book[0], idx), selectors, t.book[1], idx);
+}
+
+// Return the levels of a run of 64 weights.
 inline __m512i run_levels(const levels_table & t, const uint8_t * qs, uint32_t selectors) {
-    const __m256i q   = _mm256_loadu_si256((const __m256i *) qs);
-    const __m512i idx = _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(q), _mm256_srli_epi16(q, 4), 1), _mm512_set1_epi8(0x0F));
-    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.book[0], idx), selector_mask(selectors), t.book[1], idx);
+    const __m256i q  = _mm256_loadu_si256((const __m256i *) qs);
+    const __m512i lh = _mm512_inserti64x4(_mm512_castsi256_si512(q), _mm256_srli_epi16(q, 4), 1);
+    return masked_look_up(t, _mm512_and_si512(lh, _mm512_set1_epi8(0x0F)), selector_mask(selectors));
 }
 
 inline void decode_run(const levels_table & t, const uint8_t * qs, uint32_t selectors, uint8_t * out) {
@@ -61,7 +72,7 @@ inline float quantize_block(const float * x, int8_t * q) {
     const __m512 x1 = _mm512_loadu_ps(x + 16);
     const float amax = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x0), _mm512_abs_ps(x1)));
     const float d    = amax/127.0f;
-    const __m512 id  = _mm512_set1_ps(d >= FLT_MIN ? 1.0f/d : 0.0f); // a subnormal scale has no finite inverse
+    const __m512 id  = _mm512_set1_ps(inverse_scale(d));
     _mm_storeu_si128((__m128i *) (q +  0), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x0, id))));
     _mm_storeu_si128((__m128i *) (q + 16), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x1, id))));
     return d;
@@ -70,21 +81,23 @@ inline float quantize_block(const float * x, int8_t * q) {
 //
 // dot_rows, 256 weights (4 runs) at a time
 //
-// The index bytes of the 4 runs are interleaved so that a lane of 4 levels meets activations of one group only, twice over:
+// The index bytes of the 4 runs are interleaved, so that all 4 levels of a lane belong to one group of 16. Two lanes
+// hold the products of a group:
 //
 //     128-bit part j of p[0] | run j/2, group j%2 | run j/2 + 2, group j%2 |      p[1]: groups 2 + j%2
 //                            |  2 lanes           |  2 lanes               |
 //
-// One addition of neighbours then gives the exact integer sums of all 16 groups in one vector, and scales and activations are brought to
-// that order: lane 4*j + e is run j/2 + 2*(e%2), group j%2 + 2*(e/2).
+// One addition of neighbours then gives the exact integer sums of all 16 groups in one vector. Its lane 4*j + e is run
+// j/2 + 2*(e%2), group j%2 + 2*(e/2). Scales and activations are brought to the same order.
 
 template <class T>
 struct chunk_order {
-    int32_t header[16];    // the 4 bytes with the header of the lane's run: index into 16 of the first 2 runs and 16 of the last 2
-    int32_t code[16];      // first bit of the lane's scale code in those bytes
-    uint8_t selector[2][64]; // per byte of p[0], p[1]: where its selector is in the 64 bits of headers beside it
+    // the word with the header of the lane's run: 0 .. 15 are words of the first 2 runs, 16 .. 31 of the last 2
+    int32_t header[16];
+    int32_t code[16];        // first bit of the lane's scale code in this word
+    uint8_t selector[2][64]; // for each byte of p[0], p[1]: the bit of its selector in the 64 bits of headers beside it
 
-    // bits before the header of a run in its 4 bytes
+    // Return how many bits precede the header of a run in its word.
     static constexpr int shift(int run) { return T::header(run % 2) % 4*8; }
 
     constexpr chunk_order() : header(), code(), selector() {
@@ -102,10 +115,10 @@ struct chunk_order {
 
 template <class T> alignas(64) static constexpr chunk_order<T> order;
 
-// the activations of one column in that order
+// The activations of one column in that order.
 struct act_chunk {
     __m512i q[4];
-    __m512i corr; // the first of the two lanes of a group in p[0], the second in p[1]
+    __m512i corr; // for each group one of its two lanes: those of p[0] are 0, 2, ..., those of p[1] are 1, 3, ...
     __m512  d;
 
     void load(const act_view & act, int64_t i, int64_t k) {
@@ -124,19 +137,22 @@ struct act_chunk {
     }
 
     static __m512i load_halves(const void * a, const void * b) {
-        return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) a)), _mm256_loadu_si256((const __m256i *) b), 1);
+        const __m256i x = _mm256_loadu_si256((const __m256i *) a);
+        const __m256i y = _mm256_loadu_si256((const __m256i *) b);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
     }
 };
 
-// the weights of one row in that order
+// The weights of one row in that order.
 template <class T>
 struct weight_chunk {
     __m512i levels[4];
-    __m512  scale; // SCALE_FACTOR*f(code): the caller multiplies its sum by the tensor's d
+    __m512  scale; // SCALE_FACTOR*f(code). The caller multiplies its sum by the tensor's d
 
     weight_chunk(const levels_table & t, const uint8_t * chunk) {
         constexpr int half = (int) row_bytes<T>(CHUNK)/2;
-        const __m512i headers = _mm512_permutex2var_epi32(_mm512_loadu_si512(chunk), _mm512_load_si512(order<T>.header), _mm512_loadu_si512(chunk + half));
+        const __m512i headers = _mm512_permutex2var_epi32(_mm512_loadu_si512(chunk), _mm512_load_si512(order<T>.header),
+                                                          _mm512_loadu_si512(chunk + half));
 
         const uint8_t * qs = chunk + T::qs(0);
         const __m512i x  = act_chunk::load_halves(qs,        qs        + T::qs(1) - T::qs(0));
@@ -150,39 +166,49 @@ struct weight_chunk {
         levels[2] = look_up(t, _mm512_srli_epi16(q0, 4), hi);
         levels[3] = look_up(t, _mm512_srli_epi16(q1, 4), hi);
 
-        // a rotation puts the code where aaac_scale_factor shifts it to; 2.0 has zeros where the code may carry to, so that an "or" adds
-        const __m512i codes = _mm512_rolv_epi32(headers, _mm512_sub_epi32(_mm512_set1_epi32(23 - t.m), _mm512_load_si512(order<T>.code)));
+        // Rotate the code to where aaac_scale_factor shifts it. The bits of 2.0 are zero where those of the code may
+        // be, so that an "or" adds them: codes & mask | 2.0. SCALE_FACTOR is this 2.
+        const __m512i shift = _mm512_sub_epi32(_mm512_set1_epi32(23 - t.m), _mm512_load_si512(order<T>.code));
+        const __m512i codes = _mm512_rolv_epi32(headers, shift);
         const __m512i mask  = _mm512_set1_epi32((T::n_codes - 1) << (23 - t.m));
-        scale = _mm512_castsi512_ps(_mm512_maskz_ternarylogic_epi32(_mm512_test_epi32_mask(codes, mask), codes, mask, _mm512_set1_epi32(0x40000000), 0xEA)); // codes & mask | 2.0
+        const __mmask16 nonzero = _mm512_test_epi32_mask(codes, mask);
+        scale = _mm512_castsi512_ps(
+            _mm512_maskz_ternarylogic_epi32(nonzero, codes, mask, _mm512_set1_epi32(0x40000000), 0xEA));
     }
 
 #if defined(__AVX512VBMI__)
-    // selectors as bit 4 of the index; the bits above it are noise that the table's copies make harmless
+    // Return the selectors as bit 4 of each byte. The bits above it are noise, which does no harm: vpermb ignores bits
+    // 6 and 7, and the table holds the codebooks twice for bit 5.
     static __m512i selectors(__m512i headers, const uint8_t * bits) {
         return _mm512_multishift_epi64_epi8(_mm512_sub_epi8(_mm512_load_si512(bits), _mm512_set1_epi8(4)), headers);
     }
     static __m512i look_up(const levels_table & t, __m512i q, __m512i selectors) {
-        return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(q, selectors, _mm512_set1_epi8(0x0F), 0xE4), t.both); // 0x0F ? q : selectors
+        // the low 4 bits of q and the others of selectors
+        const __m512i idx = _mm512_ternarylogic_epi32(q, selectors, _mm512_set1_epi8(0x0F), 0xE4);
+        return _mm512_permutexvar_epi8(idx, t.both);
     }
 #else
+    // Return the selectors as a mask of bytes.
     static __mmask64 selectors(__m512i headers, const uint8_t * bits) {
         const __m512i at   = _mm512_load_si512(bits);
         const __m512i byte = _mm512_and_si512(_mm512_srli_epi16(at, 3), _mm512_set1_epi8(7));
-        const __m512i bit  = _mm512_shuffle_epi8(_mm512_set1_epi64((long long) 0x8040201008040201), _mm512_and_si512(at, _mm512_set1_epi8(7)));
+        const __m512i bit  = _mm512_shuffle_epi8(_mm512_set1_epi64((long long) 0x8040201008040201),
+                                                 _mm512_and_si512(at, _mm512_set1_epi8(7)));
         return _mm512_test_epi8_mask(_mm512_shuffle_epi8(headers, byte), bit);
     }
     static __m512i look_up(const levels_table & t, __m512i q, __mmask64 selectors) {
-        const __m512i idx = _mm512_and_si512(q, _mm512_set1_epi8(0x0F));
-        return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.book[0], idx), selectors, t.book[1], idx);
+        return masked_look_up(t, _mm512_and_si512(q, _mm512_set1_epi8(0x0F)), selectors);
     }
 #endif
 };
 
-// sums of the products of each group, times their scales
+// Add the products of one chunk, each group times its scales, to sum.
 template <class T>
 __m512 multiply(const weight_chunk<T> & w, const act_chunk & a, __m512 sum) {
-    const __m512i p0 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_maskz_mov_epi32(0x5555, a.corr), w.levels[0], a.q[0]), w.levels[1], a.q[1]);
-    const __m512i p1 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_maskz_mov_epi32(0xAAAA, a.corr), w.levels[2], a.q[2]), w.levels[3], a.q[3]);
+    const __m512i c0 = _mm512_maskz_mov_epi32(0x5555, a.corr);
+    const __m512i c1 = _mm512_maskz_mov_epi32(0xAAAA, a.corr);
+    const __m512i p0 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(c0, w.levels[0], a.q[0]), w.levels[1], a.q[1]);
+    const __m512i p1 = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(c1, w.levels[2], a.q[2]), w.levels[3], a.q[3]);
     const __m512 even = _mm512_shuffle_ps(_mm512_castsi512_ps(p0), _mm512_castsi512_ps(p1), 0x88);
     const __m512 odd  = _mm512_shuffle_ps(_mm512_castsi512_ps(p0), _mm512_castsi512_ps(p1), 0xDD);
     const __m512i p = _mm512_add_epi32(_mm512_castps_si512(even), _mm512_castps_si512(odd));

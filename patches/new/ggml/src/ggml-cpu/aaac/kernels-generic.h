@@ -1,6 +1,8 @@
 #pragma once
 
-// Plain C++: the reference for the other instruction sets, and what runs where there is none of them.
+// Plain C++: the reference for the other instruction sets, and what runs on a processor that has none of them.
+
+#include "kernels-common.h"
 
 namespace aaac {
 
@@ -10,7 +12,7 @@ constexpr int DOT_ROWS     = 1;
 constexpr int DOT_COLS     = 4;
 constexpr int MAX_DOT_COLS = 4;
 constexpr int CHUNK        = ACT_BLOCK;
-constexpr int LEVEL_OFFSET = 0; // added to the int8 levels of a tile where the dot product wants unsigned weights
+constexpr int LEVEL_OFFSET = 0; // added to the int8 levels of a tile if the dot product wants unsigned weights
 
 struct vec_i { int32_t v[TILE_ROWS]; };
 struct vec_f { float   v[TILE_ROWS]; };
@@ -33,45 +35,30 @@ inline float quantize_block(const float * x, int8_t * q) {
         amax = fmaxf(amax, fabsf(x[i]));
     }
     const float d  = amax/127.0f;
-    const float id = d >= FLT_MIN ? 1.0f/d : 0.0f; // a subnormal scale has no finite inverse
+    const float id = inverse_scale(d);
     for (int i = 0; i < ACT_BLOCK; ++i) {
         q[i] = (int8_t) roundf(x[i]*id);
     }
     return d;
 }
 
-// dot_rows takes the activations as they are
-inline size_t act_chunks_size(int64_t /* k */) { return 0; }
-inline void reorder_act(const act_view &, int64_t /* k */, int64_t /* from */, int64_t /* to */) {}
-inline void prefetch_start(const char * /* rows */, size_t /* row_stride */, int /* n_rows */) {}
+// What dot_rows does with 16 weights, see kernels-dot-plain.h.
+struct levels_16 { int8_t v[16]; };
+using row_sum = float;
 
-// one row times C columns: out[c][0]
-template <class T, int R, int C>
-void dot_rows(const levels_table & t, const float * scales, const char * rows, size_t /* row_stride */, int64_t k, const act_view * acts, float * const * out) {
-    static_assert(R == 1, "one row at a time");
-    const auto * row = (const typename T::block *) rows;
-    float sum[C] = {};
-    for (int64_t ib = 0; ib < k/T::size; ++ib) {
-        for (int run = 0; run < T::size/AAAC_RUN_SIZE; ++run) {
-            uint8_t w[AAAC_RUN_SIZE];
-            decode_run(t, row[ib].qs + 32*run, T::selectors(row[ib], run), w);
-            for (int j = 0; j < AAAC_RUN_SIZE; j += 16) {
-                const int     at = run*AAAC_RUN_SIZE + j;
-                const int64_t i  = ib*T::size + at;
-                for (int c = 0; c < C; ++c) {
-                    int32_t p = 0;
-                    for (int l = 0; l < 16; ++l) {
-                        p += (int8_t) w[j + l]*acts[c].q[i + l];
-                    }
-                    sum[c] += acts[c].d[i/32]*scales[T::code(row[ib], at)]*p;
-                }
-            }
-        }
-    }
-    for (int c = 0; c < C; ++c) {
-        out[c][0] = sum[c];
-    }
+inline void run_levels(const levels_table & t, const uint8_t * qs, uint32_t selectors, levels_16 * out) {
+    decode_run(t, qs, selectors, (uint8_t *) out->v);
 }
+
+inline row_sum add_products(row_sum sum, const levels_16 & w, const int8_t * a, float scale) {
+    int32_t p = 0;
+    for (int i = 0; i < 16; ++i) {
+        p += w.v[i]*a[i];
+    }
+    return sum + scale*p;
+}
+
+inline float reduce_add(row_sum sum) { return sum; }
 
 #define AAAC_LANES for (int r = 0; r < TILE_ROWS; ++r)
 inline vec_w w_load(const uint8_t * p)                 { vec_w w; memcpy(&w, p, sizeof(w)); return w; }
@@ -93,3 +80,5 @@ inline vec_i dot4(vec_i acc, vec_w w, const int8_t * a) {
 #undef AAAC_LANES
 
 } // namespace aaac
+
+#include "kernels-dot-plain.h"

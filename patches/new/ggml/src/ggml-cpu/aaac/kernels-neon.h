@@ -1,6 +1,8 @@
 #pragma once
 
-// NEON with the dot product extension: sdot is signed times signed, so the levels need no offset.
+// NEON with the dot product extension. sdot multiplies signed by signed bytes, so the levels need no offset.
+
+#include "kernels-common.h"
 
 #include <arm_neon.h>
 
@@ -18,6 +20,9 @@ using vec_i = int32x4_t;
 using vec_f = float32x4_t;
 using vec_w = int8x16_t;
 
+using levels_16 = int8x16_t;   // see kernels-dot-plain.h
+using row_sum   = float32x4_t;
+
 struct levels_table {
     int8x16_t book[2];
     explicit levels_table(const aaac_params * p) {
@@ -26,8 +31,8 @@ struct levels_table {
     }
 };
 
-// 16 weights share a selector, so a vector needs one look-up in one codebook
-inline void run_levels(const levels_table & t, const uint8_t * qs, uint32_t selectors, int8x16_t * out) {
+// Decode 64 weights. 16 of them share a selector, so a vector needs one look-up in one codebook.
+inline void run_levels(const levels_table & t, const uint8_t * qs, uint32_t selectors, levels_16 * out) {
     const uint8x16_t q0 = vld1q_u8(qs);
     const uint8x16_t q1 = vld1q_u8(qs + 16);
     out[0] = vqtbl1q_s8(t.book[selectors >> 0 & 1], vandq_u8(q0, vdupq_n_u8(0x0F)));
@@ -37,7 +42,7 @@ inline void run_levels(const levels_table & t, const uint8_t * qs, uint32_t sele
 }
 
 inline void decode_run(const levels_table & t, const uint8_t * qs, uint32_t selectors, uint8_t * out) {
-    int8x16_t w[4];
+    levels_16 w[4];
     run_levels(t, qs, selectors, w);
     for (int i = 0; i < 4; ++i) {
         vst1q_s8((int8_t *) out + 16*i, w[i]);
@@ -52,7 +57,7 @@ inline float quantize_block(const float * x, int8_t * q) {
         m    = vmaxq_f32(m, vabsq_f32(v[i]));
     }
     const float d  = vmaxvq_f32(m)/127.0f;
-    const float id = d >= FLT_MIN ? 1.0f/d : 0.0f; // a subnormal scale has no finite inverse
+    const float id = inverse_scale(d);
     for (int i = 0; i < 8; i += 4) {
         int16x4_t n[4];
         for (int j = 0; j < 4; ++j) {
@@ -63,40 +68,12 @@ inline float quantize_block(const float * x, int8_t * q) {
     return d;
 }
 
-// dot_rows takes the activations as they are
-inline size_t act_chunks_size(int64_t /* k */) { return 0; }
-inline void reorder_act(const act_view &, int64_t /* k */, int64_t /* from */, int64_t /* to */) {}
-inline void prefetch_start(const char * /* rows */, size_t /* row_stride */, int /* n_rows */) {}
-
-// one row times C columns: out[c][0]
-template <class T, int R, int C>
-void dot_rows(const levels_table & t, const float * scales, const char * rows, size_t /* row_stride */, int64_t k, const act_view * acts, float * const * out) {
-    static_assert(R == 1, "one row at a time");
-    const auto * row = (const typename T::block *) rows;
-    float32x4_t sum[C];
-    for (int c = 0; c < C; ++c) {
-        sum[c] = vdupq_n_f32(0.0f);
-    }
-    for (int64_t ib = 0; ib < k/T::size; ++ib) {
-        for (int run = 0; run < T::size/AAAC_RUN_SIZE; ++run) {
-            int8x16_t w[4];
-            run_levels(t, row[ib].qs + 32*run, T::selectors(row[ib], run), w);
-            for (int j = 0; j < 4; ++j) {
-                const int     at = run*AAAC_RUN_SIZE + 16*j;
-                const int64_t i  = ib*T::size + at;
-                const float   s  = scales[T::code(row[ib], at)];
-                for (int c = 0; c < C; ++c) {
-                    const int32x4_t p = vdotq_s32(vdupq_n_s32(0), w[j], vld1q_s8(acts[c].q + i));
-                    sum[c] = vfmaq_n_f32(sum[c], vcvtq_f32_s32(p), acts[c].d[i/32]*s);
-                }
-            }
-        }
-    }
-    for (int c = 0; c < C; ++c) {
-        out[c][0] = vaddvq_f32(sum[c]);
-    }
+inline row_sum add_products(row_sum sum, levels_16 w, const int8_t * a, float scale) {
+    const int32x4_t p = vdotq_s32(vdupq_n_s32(0), w, vld1q_s8(a));
+    return vfmaq_n_f32(sum, vcvtq_f32_s32(p), scale);
 }
 
+inline float reduce_add(vec_f x)                         { return vaddvq_f32(x); }
 inline vec_w w_load(const uint8_t * p)                   { return vld1q_s8((const int8_t *) p); }
 inline vec_f f_load(const float * p)                     { return vld1q_f32(p); }
 inline void  f_store(float * p, vec_f x)                 { vst1q_f32(p, x); }
@@ -114,3 +91,5 @@ inline vec_i dot4(vec_i acc, vec_w w, const int8_t * a) {
 }
 
 } // namespace aaac
+
+#include "kernels-dot-plain.h"
