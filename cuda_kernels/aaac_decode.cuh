@@ -1,7 +1,8 @@
 // The one decode of the AAAC tensor types: block layouts, scale codes, selectors and indices.
 //
-// Plain C, C++, CUDA (nvcc), HIP and NVRTC compile this same text; llama.cpp's CPU and CUDA backends, its file checks and the CuPy kernels
-// all include it, and a test compares it bit for bit with the numpy oracle. It holds no loops and no vector code on purpose.
+// C, C++, nvcc, HIP and NVRTC compile this text. llama.cpp's CPU and CUDA backends, its file checks and the CuPy
+// kernels include it, and a test compares it bit for bit with the numpy oracle. It has no loops and no vector code, so
+// that it reads like the layout.
 //
 //     w = S(scale_code) * C[selector][index]       S(0) = 0, S(i) = d * f(i)
 //
@@ -41,27 +42,26 @@ typedef struct {
 } block_aaac4_g16;
 
 typedef struct {
-    uint8_t s[2];   // s[j] = selector of the last 16 << 7 | selector of the first 16 << 6 | 6-bit scale code of weights 32j .. 32j+31
+    // s[j] = selector of the last 16 << 7 | selector of the first 16 << 6 | 6-bit scale code of weights 32j .. 32j+31
+    uint8_t s[2];
     uint8_t qs[32];
 } block_aaac4_g32;
 
 typedef struct {
-    uint8_t s;      // scale code, bit 7 is zero
+    uint8_t s;      // scale code. Bit 7 is zero
     uint8_t sel;    // bit j: selector of weights 16j .. 16j+15
     uint8_t qs[64];
 } block_aaac4_g128;
 
-// What decodes one tensor beside its blocks.
-// In ggml it lies at the start of the op_params of the weight, which is a leaf and has no use for them.
+// What is needed to decode one tensor besides its blocks.
+// In ggml it is at the start of the op_params of the weight, which is a leaf and has no other use for them.
 typedef struct aaac_params {
     int8_t  codebooks[AAAC_N_CODEBOOKS][AAAC_N_LEVELS]; // each strictly ascending, in [-127, 127]
     float   d;                                          // scale base, finite and positive
     uint8_t m;                                          // mantissa bits of the scale code, 2 .. 5
 } aaac_params;
 
-// f(code) = 2^e * (1 + mantissa / 2^m): the code is the top of a float whose exponent starts at 1, so an integer add makes it
-AAAC_FN float aaac_scale_factor(int code, int m) {
-    const uint32_t bits = code == 0 ? 0u : 0x3F800000u + ((uint32_t) code << (23 - m));
+AAAC_FN float aaac_as_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
     return __uint_as_float(bits);
 #else
@@ -71,7 +71,13 @@ AAAC_FN float aaac_scale_factor(int code, int m) {
 #endif
 }
 
-// one rounding, never contracted into a fused multiply-add by the caller's sum
+// Return f(code) = 2^e * (1 + mantissa / 2^m). The code is the exponent and mantissa of a float whose exponent counts
+// from that of 1.0, so an integer addition makes the float.
+AAAC_FN float aaac_scale_factor(int code, int m) {
+    return aaac_as_float(code == 0 ? 0u : 0x3F800000u + ((uint32_t) code << (23 - m)));
+}
+
+// Multiply with one rounding. nvcc must not fuse this product with a sum of the caller.
 AAAC_FN float aaac_mul(float a, float b) {
 #if defined(__CUDA_ARCH__)
     return __fmul_rn(a, b);
@@ -84,7 +90,8 @@ AAAC_FN float aaac_scale(const aaac_params * p, int code) {
     return aaac_mul(p->d, aaac_scale_factor(code, p->m));
 }
 
-// i: weight in the block. Byte b of a run of 64 weights holds weight b in its low nibble and weight b + 32 in its high nibble
+// Return the index of weight i of the block.
+// Byte b of a run of 64 weights holds weight b in its low nibble and weight b + 32 in its high nibble.
 AAAC_FN int aaac_index(const uint8_t * qs, int i) {
     const int byte = (i / AAAC_RUN_SIZE) * (AAAC_RUN_SIZE / 2) + i % (AAAC_RUN_SIZE / 2);
     return i % AAAC_RUN_SIZE < AAAC_RUN_SIZE / 2 ? qs[byte] & 0x0F : qs[byte] >> 4;

@@ -1,13 +1,16 @@
-// Blocks to floats, bit for bit as aaac_decode.cuh and the numpy oracle do it: S in float32, one product, one rounding to the output type.
+// Decode of blocks to floats, with the same bits as aaac_decode.cuh and the numpy oracle: S in float32, one product,
+// and one rounding to the output type.
 
 #ifndef AAAC_DEQUANT_CUH
 #define AAAC_DEQUANT_CUH
 
 #include "aaac_device.cuh"
 
-// Weights of one unit in natural order: out[0..15] from the low nibbles, out[16..31], which are 32 weights further on, from the high ones
+// Decode one unit. out[0..15] are 16 weights of the row, from the low nibbles. out[16..31] are from the high nibbles,
+// and are the 16 weights that start 32 after them.
 template <class T>
-AAAC_DEV void aaac_decode_unit(const aaac_params & p, const aaac_tables & tables, const aaac_raw & raw, int v, float * out) {
+AAAC_DEV void aaac_decode_unit(const aaac_params & p, const aaac_tables & tables, const aaac_raw & raw, int v,
+                               float * out) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         uint32_t table[4], levels[4];
@@ -25,10 +28,9 @@ AAAC_DEV void aaac_decode_unit(const aaac_params & p, const aaac_tables & tables
 
 constexpr int AAAC_DEQUANT_THREADS = 128;
 
-// One unit to y[0 ..] of its row, 16 bytes a store. y must be 16 byte aligned
+// Decode unit u of a row to its place in y, which is the same row of the result and must be 16 byte aligned.
 template <class T, class O>
 AAAC_DEV void aaac_dequant_unit(const aaac_params & p, const aaac_tables & tables, const uint8_t * row, int u, O * y) {
-    struct alignas(16) pack { O x[16/sizeof(O)]; };
     aaac_raw raw;
     float    weights[32];
     aaac_load<T>(row, u, raw);
@@ -37,19 +39,20 @@ AAAC_DEV void aaac_dequant_unit(const aaac_params & p, const aaac_tables & table
     constexpr int n = 16/sizeof(O);
 #pragma unroll
     for (int i = 0; i < 32; i += n) {
-        pack out;
+        aaac_pack<O> out;
 #pragma unroll
         for (int j = 0; j < n; ++j) {
             out.x[j] = aaac_from_float<O>(weights[i + j]);
         }
-        *(pack *) (to + i/16*32 + i % 16) = out;
+        *(aaac_pack<O> *) (to + i/16*32 + i % 16) = out;
     }
 }
 
-// y[row*ld_y + i]; n_units over all rows, below 2^32 - 128; grid ceil(n_units / 128)
+// Decode a matrix to y[row*ld_y + i]. n_units: units of all rows, below 2^32 - 128. Grid: ceil(n_units / 128)
 template <class T, class O>
-__global__ void __launch_bounds__(AAAC_DEQUANT_THREADS) aaac_dequant(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes,
-                                                                     int k, uint32_t n_units, O * y, int64_t ld_y) {
+__global__ void __launch_bounds__(AAAC_DEQUANT_THREADS)
+aaac_dequant(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int k, uint32_t n_units,
+             O * y, int64_t ld_y) {
     __shared__ aaac_tables tables;
     aaac_make_tables(p, threadIdx.x, &tables);
     __syncthreads();

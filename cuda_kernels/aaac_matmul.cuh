@@ -1,9 +1,10 @@
 // Products with many columns on the tensor cores: y[c][n] = sum over k of w[n][k] * x[c][k].
 //
-// Each block decodes a tile of weights straight into shared memory, rounded once to the 16-bit type of the product, and uses it for 128 columns;
-// decoded weights never go through global memory. The scale is in the weights, so that nothing happens between two tensor core instructions.
+// Each block decodes a tile of weights to shared memory, rounded once to the 16-bit type of the product, and uses it
+// for 128 columns. Decoded weights never go through global memory. They include the scale, so that the tensor core
+// instructions need no others between them.
 //
-// Optionally the columns are sorted by expert (blockIdx.z), as mixtures of experts need them.
+// For mixtures of experts the columns may be sorted by expert (blockIdx.z).
 
 #ifndef AAAC_MATMUL_CUH
 #define AAAC_MATMUL_CUH
@@ -12,17 +13,17 @@
 
 #if defined(__CUDACC__) || defined(AAAC_EMULATE)
 
-constexpr int AAAC_MATMUL_ROWS    = 128; // weights rows of a block: two threads decode a row's run
+constexpr int AAAC_MATMUL_ROWS    = 128; // rows of w of a block: two threads decode a run of a row
 constexpr int AAAC_MATMUL_COLS    = 128;
 constexpr int AAAC_MATMUL_THREADS = 256; // 2 x 4 warps of 64 rows x 32 columns
-constexpr int AAAC_MATMUL_STRIDE  = 72;  // of a run of 64 in shared memory: 144 bytes put 8 rows of 16 bytes in different banks
+constexpr int AAAC_MATMUL_STRIDE  = 72;  // of 64 values in shared memory: 144 bytes put 8 rows in different banks
 
 // 16-bit type of the product for each type of the activations
 template <class A> struct aaac_product            { using type = aaac_f16; };
 template <>        struct aaac_product<aaac_bf16> { using type = aaac_bf16; };
 
 #if defined(__CUDACC__)
-// four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8
+// Load four 8x8 matrices of 16-bit values. Lane i gives the address of row i % 8 of matrix i / 8.
 AAAC_DEV void aaac_ldmatrix(const uint16_t * row, uint32_t * out) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
     const uint32_t address = (uint32_t) __cvta_generic_to_shared(row);
@@ -34,8 +35,10 @@ AAAC_DEV void aaac_ldmatrix(const uint16_t * row, uint32_t * out) {
 // d[16][8] += a[16][16] * b[16][8]
 AAAC_DEV void aaac_mma(aaac_f16, float * d, const uint32_t * a, const uint32_t * b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
     for (int i = 0; i < 2; ++i) { // Turing's instruction is half as deep
         asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
@@ -46,15 +49,18 @@ AAAC_DEV void aaac_mma(aaac_f16, float * d, const uint32_t * a, const uint32_t *
 
 AAAC_DEV void aaac_mma(aaac_bf16, float * d, const uint32_t * a, const uint32_t * b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(__CUDA_ARCH__)
     __trap(); // the callers refuse bfloat16 before Ampere
 #endif
 }
 #endif // __CUDACC__, the emulator brings its own
 
-// Columns of one expert: sources[first .. last) are rows of x, targets[first .. last) rows of y. All null: columns 0 .. n_cols as they are.
+// The columns of each expert, for a in 0 .. experts - 1: sources[bounds[a] .. bounds[a + 1]) are rows of x, and targets
+// at the same places are rows of y. If all are null, the columns are 0 .. n_cols - 1 as they are.
 struct aaac_experts {
     const int32_t * bounds; // [experts + 1]
     const int32_t * sources;
@@ -62,13 +68,15 @@ struct aaac_experts {
     int64_t         bytes;  // of an expert's matrix in w
 };
 
-// grid (ceil(n_rows / 128), ceil(n_cols / 128), experts or 1); n_cols: the most that an expert may have
+// Multiply: y[c*ld_y + n] from x[c*ld_x + i]. n_cols: of one expert at most.
+// Grid: (ceil(n_rows / 128), ceil(n_cols / 128), experts or 1)
 template <class T, class A>
-__global__ void __launch_bounds__(AAAC_MATMUL_THREADS) aaac_matmul(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
-                                                                   const A * x, int64_t ld_x, int n_cols, float * y, int64_t ld_y, aaac_experts experts) {
+__global__ void __launch_bounds__(AAAC_MATMUL_THREADS)
+aaac_matmul(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
+            const A * x, int64_t ld_x, int n_cols, float * y, int64_t ld_y, aaac_experts experts) {
     using M = typename aaac_product<A>::type;
-    struct alignas(16) pack_m { M x[8]; };
-    struct alignas(16) pack_a { A x[16/sizeof(A)]; };
+    using pack_m = aaac_pack<M>;
+    using pack_a = aaac_pack<A>;
     __shared__ aaac_tables tables;
     __shared__ pack_m w_tile[AAAC_MATMUL_ROWS*AAAC_MATMUL_STRIDE/8];
     __shared__ pack_m x_tile[AAAC_MATMUL_COLS*AAAC_MATMUL_STRIDE/8];
@@ -81,7 +89,8 @@ __global__ void __launch_bounds__(AAAC_MATMUL_THREADS) aaac_matmul(const AAAC_GR
         return; // the whole block
     }
 
-    // This thread's part of the tiles: half a run of one row and half a run of one column. Past the last, the last again; not stored.
+    // This thread fills half a run of one row and half a run of one column of the tiles. Past the last row or column it
+    // takes the last one again, whose results are not stored.
     const int part = threadIdx.x % 2;
     const int line = threadIdx.x/2;
     const int row  = row0 + line < n_rows ? row0 + line : n_rows - 1;
@@ -108,13 +117,15 @@ __global__ void __launch_bounds__(AAAC_MATMUL_THREADS) aaac_matmul(const AAAC_GR
     const int warp    = threadIdx.x/32;
     const int warp_m  = warp/4*64;
     const int warp_n  = warp % 4*32;
-    // rows that this lane addresses for ldmatrix: of w 16 rows x 16 values, of x 16 columns x 16 values
-    const uint16_t * w_from = (const uint16_t *) w_tile + (warp_m + lane % 16)*AAAC_MATMUL_STRIDE + lane/16*8;
-    const uint16_t * x_from = (const uint16_t *) x_tile + (warp_n + lane/16*8 + lane % 8)*AAAC_MATMUL_STRIDE + lane/8 % 2*8;
+    // what this lane addresses for ldmatrix: of w 16 rows x 16 values, of x 16 columns x 16 values
+    const int w_line = warp_m + lane % 16;
+    const int x_line = warp_n + lane/16*8 + lane % 8;
+    const uint16_t * w_from = (const uint16_t *) w_tile + w_line*AAAC_MATMUL_STRIDE + lane/16*8;
+    const uint16_t * x_from = (const uint16_t *) x_tile + x_line*AAAC_MATMUL_STRIDE + lane/8 % 2*8;
 
     float acc[4][4][4] = {};
     for (int run = 0; run < k/AAAC_RUN_SIZE; ++run) {
-        __syncthreads(); // the tables are there, and nobody reads the last tiles any more
+        __syncthreads(); // the tables are complete, and no thread reads the previous tiles any more
         float weights[32];
         aaac_decode_unit<T>(p, tables, raw, (2*run + part) % T::units, weights);
 #pragma unroll

@@ -1,11 +1,12 @@
 // Products with few columns: y[c][n] = sum over k of w[n][k] * x[c][k], 1 to 8 columns c.
 //
-// A weight is read once, so the time is that of the bytes of w. What it takes to get near it:
-//   * A block is 4 warps that share K, and computes R rows. Each thread starts the loads of a unit of each row, and of the next unit before it
-//     computes, so that about 32 KB are on their way per multiprocessor, as much as device memory needs (bandwidth times latency).
-//   * The 4 byte loads of a warp touch one stretch of memory: what the first asks of the cache line, the others find there.
+// A weight is read once, so the time to read the bytes of w is the limit. These get near it:
+//   * A block is 4 warps that share K, and computes R rows. Each thread loads the next unit of every row before it
+//     computes the present one. So about 32 KB per multiprocessor are on their way at any time, which is what device
+//     memory needs (bandwidth times latency).
+//   * The 4 byte loads of a warp are in one stretch of memory, so one load brings a cache line and the others find it.
 //   * The R rows share the activations that a thread has loaded.
-//   * The instructions per weight, not the bytes, are the next limit: see aaac_lookup_split and the table order of the activations.
+//   * The next limit is instructions per weight: see aaac_lookup_split, and the table order of the activations.
 
 #ifndef AAAC_MATVEC_CUH
 #define AAAC_MATVEC_CUH
@@ -15,23 +16,23 @@
 constexpr int AAAC_MATVEC_WARPS   = 4;
 constexpr int AAAC_MATVEC_THREADS = 32*AAAC_MATVEC_WARPS;
 
-// rows of a block: few columns leave registers for more rows
+// Return the rows of a block. Few columns leave registers for more rows.
 constexpr AAAC_FN int aaac_matvec_rows(int n_cols) { return n_cols <= 2 ? 4 : 2; }
 
-// blocks that must fit a multiprocessor, which tells the compiler how many registers it may use: 96 for one column, else 128.
-// Left to itself it aims for less on some architectures, and spills.
+// Return how many blocks must fit a multiprocessor. The compiler then knows how many registers it may use: 96 for one
+// column, else 128. Left to itself it uses fewer on some architectures, and spills.
 constexpr AAAC_FN int aaac_matvec_blocks(int n_cols) { return n_cols == 1 ? 5 : 4; }
 
 //
 // activations as 8-bit integers
 //
-// One column of K in memory: int8 q[K], then float d[K/32], the whole rounded up to 16 bytes. Scales cover 32 activations in natural order, as in
-// Q8_0 and on the CPU. The integers lie by unit, first the 16 that meet the low nibbles and then the 16 that meet the high ones, each in table
-// order: a thread loads its 32 bytes with two loads.
+// One column of K in memory is int8 q[K], then float d[K/32], rounded up to 16 bytes in all. A scale is that of 32
+// activations in natural order, as in Q8_0 and on the CPU. The integers are in the order of the units: 16 for the low
+// nibbles, then 16 for the high ones, each in table order. So a thread loads its 32 bytes with two loads.
 
 AAAC_FN int64_t aaac_q8_stride(int64_t k) { return (k + k/8 + 15)/16*16; }
 
-// place of activation i in its column
+// Return the place of activation i in its column.
 AAAC_FN int64_t aaac_q8_place(int64_t i) {
     const int in_run = (int) (i % AAAC_RUN_SIZE);
     return i - in_run + in_run/16 % 2*AAAC_UNIT + in_run/32*16 + aaac_place(in_run % 16);
@@ -39,7 +40,8 @@ AAAC_FN int64_t aaac_q8_place(int64_t i) {
 
 #if defined(__CUDACC__) || defined(AAAC_EMULATE)
 
-// One warp per 32 activations. x(col)[i] must be readable for i < k; k is a multiple of 64.
+// Quantize activation i of a column x[k], one thread each. The 32 threads of a warp share a scale.
+// k is a multiple of 64.
 template <class A>
 AAAC_DEV void aaac_quantize_32(const A * x, int64_t i, int64_t k, uint8_t * column) {
     const float value = aaac_to_float(x[i]);
@@ -57,11 +59,12 @@ AAAC_DEV void aaac_quantize_32(const A * x, int64_t i, int64_t k, uint8_t * colu
     }
 }
 
-// grid (ceil(k / 128), columns), 128 threads
+// Quantize columns x[c*ld_x + i]. Grid: (ceil(k / 128), columns)
 template <class A>
-__global__ void __launch_bounds__(AAAC_MATVEC_THREADS) aaac_quantize_q8(const A * x, int64_t ld_x, int k, uint8_t * q8) {
+__global__ void __launch_bounds__(AAAC_MATVEC_THREADS)
+aaac_quantize_q8(const A * x, int64_t ld_x, int k, uint8_t * q8) {
     const int64_t i = (int64_t) blockIdx.x*AAAC_MATVEC_THREADS + threadIdx.x;
-    if (i < k) { // whole warps: k is a multiple of 32
+    if (i < k) { // holds for whole warps, because k is a multiple of 32
         aaac_quantize_32(x + blockIdx.y*ld_x, i, k, q8 + blockIdx.y*aaac_q8_stride(k));
     }
 }
@@ -70,8 +73,8 @@ __global__ void __launch_bounds__(AAAC_MATVEC_THREADS) aaac_quantize_q8(const A 
 // sums over threads
 //
 
-// Sum of each of V values (a power of two up to 32) over the warp; afterwards lane i holds that of value i*V/32.
-// Every step halves the values that a lane cares for, so it takes V - 1 + log2(32/V) exchanges, not 5*V.
+// Sum each of V values over the warp. Lane i returns the sum of value i*V/32. V is a power of two, at most 32.
+// Every step halves the number of values that a lane works on, so it takes V - 1 + log2(32/V) exchanges, not 5*V.
 template <int V>
 AAAC_DEV float aaac_warp_sums(float * v) {
     const int lane = threadIdx.x % 32;
@@ -95,7 +98,8 @@ AAAC_DEV float aaac_warp_sums(float * v) {
     return v[0];
 }
 
-// Sum of each of V values over the block, for thread i < V that of value i. partial: shared memory of V*AAAC_MATVEC_WARPS floats
+// Sum each of V values over the block. Thread i < V returns the sum of value i.
+// partial: V*AAAC_MATVEC_WARPS floats in shared memory
 template <int V>
 AAAC_DEV float aaac_block_sums(float * v, float * partial) {
     const int   lane = threadIdx.x % 32;
@@ -118,6 +122,7 @@ AAAC_DEV float aaac_block_sums(float * v, float * partial) {
 // products with 8-bit activations
 //
 
+// Load unit u of R rows.
 template <class T, int R>
 AAAC_DEV void aaac_load_rows(const uint8_t * const * rows, int u, aaac_raw * raw) {
 #pragma unroll
@@ -126,12 +131,12 @@ AAAC_DEV void aaac_load_rows(const uint8_t * const * rows, int u, aaac_raw * raw
     }
 }
 
-// sum[r*N + c]: this thread's part of row row0 + r times column c, without the factor d of the scales, which is common to all.
-// Rows and columns past the last repeat it: the caller does not store them.
-// wait() returns when the kernel that writes q8 has: the first weights are already on their way then.
+// Compute this thread's part of row row0 + r times column c: sum[r*N + c]. The caller multiplies by d, the common
+// factor of all scales. Rows and columns past the last one repeat it, and the caller does not store them.
+// wait() returns when q8 is written. The first weights are loaded before it is called.
 template <class T, int N, class W>
-AAAC_DEV void aaac_dot_rows(const aaac_params & p, aaac_tables * tables, const uint8_t * w, int64_t row_bytes, int row0, int n_rows, int k,
-                            const uint8_t * q8, int n_cols, float * sum, const W & wait) {
+AAAC_DEV void aaac_dot_rows(const aaac_params & p, aaac_tables * tables, const uint8_t * w, int64_t row_bytes,
+                            int row0, int n_rows, int k, const uint8_t * q8, int n_cols, float * sum, const W & wait) {
     constexpr int R = aaac_matvec_rows(N);
     const uint32_t multiplier = 1u << (23 - p.m);
     const int      n_units    = k/AAAC_UNIT;
@@ -168,7 +173,7 @@ AAAC_DEV void aaac_dot_rows(const aaac_params & p, aaac_tables * tables, const u
         const int v = u % T::units;
         uint32_t levels[N > 2 ? R : 1][2][4];
         float    factor[N > 2 ? R : 1][2];
-        if (N > 2) { // decode once for all columns
+        if (N > 2) { // look up once for all columns
 #pragma unroll
             for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -210,11 +215,11 @@ AAAC_DEV void aaac_dot_rows(const aaac_params & p, aaac_tables * tables, const u
     }
 }
 
-// q8: columns as aaac_quantize_q8 writes them; grid ceil(n_rows / rows of a block). y[c*ld_y + n]
+// Multiply by columns q8 that aaac_quantize_q8 wrote: y[c*ld_y + n]. Grid: ceil(n_rows / aaac_matvec_rows(N))
 template <class T, int N>
-__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(N)) aaac_matvec_q8(const AAAC_GRID_CONSTANT aaac_params p,
-                                                                      const uint8_t * w, int64_t row_bytes, int n_rows, int k,
-                                                                      const uint8_t * q8, int n_cols, float * y, int64_t ld_y) {
+__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(N))
+aaac_matvec_q8(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
+               const uint8_t * q8, int n_cols, float * y, int64_t ld_y) {
     constexpr int R = aaac_matvec_rows(N);
     __shared__ aaac_tables tables;
     __shared__ float partial[R*N*AAAC_MATVEC_WARPS];
@@ -231,14 +236,15 @@ __global__ void __launch_bounds__(AAAC_MATVEC_THREADS, aaac_matvec_blocks(N)) aa
 }
 
 //
-// products with 16 or 32-bit float activations: no rounding of x, more arithmetic
+// products with 16 or 32-bit float activations: x is not rounded, and there is more arithmetic
 //
 
-// x[c*ld_x + i] is read 4 elements at a time: x and its columns must start at multiples of 4 elements
+// Multiply by columns x[c*ld_x + i]: y[c*ld_y + n]. Grid: ceil(n_rows / 2)
+// 4 elements of x are read at a time, so x and its columns must start at multiples of 4 elements.
 template <class T, class A, int N>
-__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, 4) aaac_matvec(const AAAC_GRID_CONSTANT aaac_params p,
-                                                                   const uint8_t * w, int64_t row_bytes, int n_rows, int k,
-                                                                   const A * x, int64_t ld_x, int n_cols, float * y, int64_t ld_y) {
+__global__ void __launch_bounds__(AAAC_MATVEC_THREADS, 4)
+aaac_matvec(const AAAC_GRID_CONSTANT aaac_params p, const uint8_t * w, int64_t row_bytes, int n_rows, int k,
+            const A * x, int64_t ld_x, int n_cols, float * y, int64_t ld_y) {
     constexpr int R = 2;
     struct alignas(4*sizeof(A)) four { A x[4]; };
     __shared__ aaac_tables tables;
