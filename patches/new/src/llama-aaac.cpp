@@ -17,7 +17,7 @@ static const char * const KEY_CODEBOOKS     = "aaac.codebooks";
 static const char * const KEY_SCALE_BASE    = "aaac.scale_base";
 static const char * const KEY_MANTISSA_BITS = "aaac.scale_mantissa_bits";
 
-// index of an array key of the given element type and length
+// Return the index of an array key. Throw if it does not have this element type and length.
 static int64_t find_array(const gguf_context * ctx, const char * key, gguf_type type, size_t n) {
     const int64_t id = gguf_find_key(ctx, key);
     if (id < 0) {
@@ -27,7 +27,8 @@ static int64_t find_array(const gguf_context * ctx, const char * key, gguf_type 
         throw std::runtime_error(format("%s is not an array of %s", key, gguf_type_name(type)));
     }
     if (gguf_get_arr_n(ctx, id) != n) {
-        throw std::runtime_error(format("%s has %zu values, expected %zu for the tensors that %s lists", key, gguf_get_arr_n(ctx, id), n, KEY_TENSOR_NAMES));
+        throw std::runtime_error(format("%s has %zu values, expected %zu for the tensors that %s lists",
+            key, gguf_get_arr_n(ctx, id), n, KEY_TENSOR_NAMES));
     }
     return id;
 }
@@ -35,21 +36,27 @@ static int64_t find_array(const gguf_context * ctx, const char * key, gguf_type 
 void llama_aaac::read(const gguf_context * metadata) {
     const int64_t id_version = gguf_find_key(metadata, KEY_VERSION);
     if (id_version < 0) {
-        return; // a model without AAAC tensors, or set_params will miss them
+        return; // a model without AAAC tensors. If it has some, set_params throws
     }
-    if (gguf_get_kv_type(metadata, id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(metadata, id_version) != AAAC_FORMAT_VERSION) {
-        throw std::runtime_error(format("%s is %s, this build reads %u", KEY_VERSION, gguf_kv_to_str(metadata, id_version).c_str(), AAAC_FORMAT_VERSION));
+    if (gguf_get_kv_type(metadata, id_version) != GGUF_TYPE_UINT32
+            || gguf_get_val_u32(metadata, id_version) != AAAC_FORMAT_VERSION) {
+        throw std::runtime_error(format("%s is %s, this build reads %u",
+            KEY_VERSION, gguf_kv_to_str(metadata, id_version).c_str(), AAAC_FORMAT_VERSION));
     }
 
     const int64_t id_names = gguf_find_key(metadata, KEY_TENSOR_NAMES);
-    if (id_names < 0 || gguf_get_kv_type(metadata, id_names) != GGUF_TYPE_ARRAY || gguf_get_arr_type(metadata, id_names) != GGUF_TYPE_STRING) {
+    if (id_names < 0 || gguf_get_kv_type(metadata, id_names) != GGUF_TYPE_ARRAY
+            || gguf_get_arr_type(metadata, id_names) != GGUF_TYPE_STRING) {
         throw std::runtime_error(format("%s is missing or not an array of strings", KEY_TENSOR_NAMES));
     }
     const size_t n = gguf_get_arr_n(metadata, id_names);
 
-    const auto * codebooks = (const int8_t  *) gguf_get_arr_data(metadata, find_array(metadata, KEY_CODEBOOKS,     GGUF_TYPE_INT8,    n*AAAC_N_VALUES));
-    const auto * d         = (const float   *) gguf_get_arr_data(metadata, find_array(metadata, KEY_SCALE_BASE,    GGUF_TYPE_FLOAT32, n));
-    const auto * m         = (const uint8_t *) gguf_get_arr_data(metadata, find_array(metadata, KEY_MANTISSA_BITS, GGUF_TYPE_UINT8,   n));
+    const auto array = [&](const char * key, gguf_type type, size_t n_values) {
+        return gguf_get_arr_data(metadata, find_array(metadata, key, type, n_values));
+    };
+    const auto * codebooks = (const int8_t  *) array(KEY_CODEBOOKS,     GGUF_TYPE_INT8,    n*AAAC_N_VALUES);
+    const auto * d         = (const float   *) array(KEY_SCALE_BASE,    GGUF_TYPE_FLOAT32, n);
+    const auto * m         = (const uint8_t *) array(KEY_MANTISSA_BITS, GGUF_TYPE_UINT8,   n);
 
     for (size_t i = 0; i < n; ++i) {
         const std::string name = gguf_get_arr_str(metadata, id_names, i);
@@ -72,7 +79,8 @@ void llama_aaac::set_params(ggml_tensor * weight, const std::string & name) cons
     }
     const auto it = tensors.find(name);
     if (it == tensors.end()) {
-        throw std::runtime_error(format("tensor '%s' is %s, but %s does not list it", name.c_str(), ggml_type_name(weight->type), KEY_TENSOR_NAMES));
+        throw std::runtime_error(format("tensor '%s' is %s, but %s does not list it",
+            name.c_str(), ggml_type_name(weight->type), KEY_TENSOR_NAMES));
     }
     ggml_aaac_set_params(weight, it->second.codebooks.data(), it->second.d, it->second.m);
 }
@@ -83,20 +91,22 @@ void llama_aaac_check_quantize(const llama_model_loader & ml, const llama_model_
         makes_aaac = makes_aaac || ggml_is_aaac(o->type);
     }
     if (makes_aaac) {
-        throw std::runtime_error("AAAC types cannot be made here, their codebooks are fitted to each tensor: use aaac-gguf convert");
+        throw std::runtime_error(
+            "AAAC types cannot be made here, their codebooks are fitted to each tensor: use aaac-gguf convert");
     }
     if (params->only_copy && !params->prune_layers) {
         return; // data and metadata are copied as they are
     }
     for (const auto & it : ml.weights_map) {
         if (ggml_is_aaac(it.second.tensor->type)) {
-            throw std::runtime_error(format("tensor '%s' is %s, which can only be copied here: quantize from the full-precision model, "
-                "or from the output of aaac-gguf dequantize", it.first.c_str(), ggml_type_name(it.second.tensor->type)));
+            throw std::runtime_error(format("tensor '%s' is %s, which can only be copied here: quantize from the "
+                "full-precision model, or from the output of aaac-gguf dequantize",
+                it.first.c_str(), ggml_type_name(it.second.tensor->type)));
         }
     }
 }
 
-// appends values to an array key, which need not exist yet
+// Append values to an array key, which need not exist yet.
 template <typename T>
 static void append_array(gguf_context * ctx, const char * key, gguf_type type, const T * values, size_t n) {
     std::vector<T> all;

@@ -1,4 +1,4 @@
-// Runs one operation of the CPU backend on AAAC weights, for tests in other languages.
+// Run one operation of the CPU backend on AAAC weights, for tests in other languages.
 //
 //   test-aaac < request > result
 //
@@ -6,10 +6,16 @@
 //   int32   op          0 GET_ROWS, 1 CPY to F32, 2 CPY to F16, 3 CPY to BF16, 4 MUL_MAT, 5 MUL_MAT_ID
 //   int32   type        80, 81 or 82
 //   int32   n_threads
-//   int32   first_row   > 0: the operation sees a view of the weights that starts there
-//   int64   ne0[4]      weights;  int64 ne1[4]  second operand;  int64 ne2[4]  ids of MUL_MAT_ID
-//   int8    codebooks[32], float32 d, uint8 m
-//   bytes   weights;  second operand: int32 rows (GET_ROWS) or float32 activations, nothing for CPY;  int32 ids
+//   int32   first_row   if it is not 0, the operation gets a view of the weights that starts at this row
+//   int64   ne0[4]      of the weights
+//   int64   ne1[4]      of the second operand
+//   int64   ne2[4]      of the ids of MUL_MAT_ID
+//   int8    codebooks[32]
+//   float32 d
+//   uint8   m
+//   bytes   weights
+//   bytes   second operand: int32 rows (GET_ROWS), float32 activations (MUL_MAT, MUL_MAT_ID), nothing (CPY)
+//   int32   ids of MUL_MAT_ID
 // result: the bytes of the operation's output
 
 #include "ggml.h"
@@ -69,18 +75,25 @@ int main() {
     ggml_aaac_set_params(weights, codebooks, d, m);
     ggml_tensor * w = weights;
     if (first_row > 0) {
-        w = ggml_view_4d(ctx, weights, ne[0][0], ne[0][1] - first_row, ne[0][2], ne[0][3], weights->nb[1], weights->nb[2], weights->nb[3], first_row*weights->nb[1]);
+        w = ggml_view_4d(ctx, weights, ne[0][0], ne[0][1] - first_row, ne[0][2], ne[0][3],
+                         weights->nb[1], weights->nb[2], weights->nb[3], first_row*weights->nb[1]);
     }
 
     ggml_tensor * src1 = nullptr;
     ggml_tensor * ids  = nullptr;
     ggml_tensor * out  = nullptr;
     switch (op) {
-        case OP_GET_ROWS:   src1 = ggml_new_tensor(ctx, GGML_TYPE_I32, 4, ne[1]); out = ggml_get_rows(ctx, w, src1); break;
-        case OP_CPY_F32:    out = ggml_cast(ctx, w, GGML_TYPE_F32);  break;
-        case OP_CPY_F16:    out = ggml_cast(ctx, w, GGML_TYPE_F16);  break;
-        case OP_CPY_BF16:   out = ggml_cast(ctx, w, GGML_TYPE_BF16); break;
-        case OP_MUL_MAT:    src1 = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, ne[1]); out = ggml_mul_mat(ctx, w, src1); break;
+        case OP_GET_ROWS:
+            src1 = ggml_new_tensor(ctx, GGML_TYPE_I32, 4, ne[1]);
+            out  = ggml_get_rows(ctx, w, src1);
+            break;
+        case OP_CPY_F32:  out = ggml_cast(ctx, w, GGML_TYPE_F32);  break;
+        case OP_CPY_F16:  out = ggml_cast(ctx, w, GGML_TYPE_F16);  break;
+        case OP_CPY_BF16: out = ggml_cast(ctx, w, GGML_TYPE_BF16); break;
+        case OP_MUL_MAT:
+            src1 = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, ne[1]);
+            out  = ggml_mul_mat(ctx, w, src1);
+            break;
         case OP_MUL_MAT_ID:
             src1 = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, ne[1]);
             ids  = ggml_new_tensor(ctx, GGML_TYPE_I32, 4, ne[2]);

@@ -1,6 +1,7 @@
 #pragma once
 
-// What test-backend-ops needs for AAAC tensors: ggml cannot quantize to them, so their tests start from random blocks and codebooks.
+// The initialiser of test-backend-ops for AAAC tensors. ggml cannot quantize to these types, so their tests start from
+// random blocks and codebooks.
 
 #include "ggml.h"
 #include "ggml-aaac.h"
@@ -11,10 +12,11 @@
 #include <random>
 #include <vector>
 
-// Two asymmetric codebooks, any m, every index and both selectors; the scales stay within 4 octaves so that no group drowns the others.
+// Fill a tensor: two asymmetric codebooks, any m, every index and both selectors. The scales are within 4 octaves, so
+// that no group is so large that the others do not count.
 static void init_tensor_aaac(ggml_tensor * tensor) {
     if (tensor->view_src) {
-        return; // the tensor that is viewed is in the same context
+        return; // the tensor that it views is in the same context, and is filled itself
     }
     static std::mt19937 rng(std::random_device{}());
     const auto random = [](int below) { return (int) (rng() % below); };
@@ -42,9 +44,15 @@ static void init_tensor_aaac(ggml_tensor * tensor) {
     const size_t block_size = ggml_type_size(tensor->type);
     for (size_t i = 0; i < data.size(); i += block_size) {
         switch (tensor->type) {
-            case GGML_TYPE_AAAC4_G16:  for (int j = 0; j < 4; ++j) { data[i + j] = selector(7) | code(); }               break;
-            case GGML_TYPE_AAAC4_G32:  for (int j = 0; j < 2; ++j) { data[i + j] = selector(7) | selector(6) | code(); } break;
-            default:                   data[i] = code();                                                                  break;
+            case GGML_TYPE_AAAC4_G16:
+                for (int j = 0; j < 4; ++j) { data[i + j] = selector(7) | code(); }
+                break;
+            case GGML_TYPE_AAAC4_G32:
+                for (int j = 0; j < 2; ++j) { data[i + j] = selector(7) | selector(6) | code(); }
+                break;
+            default:
+                data[i] = code();
+                break;
         }
     }
     ggml_aaac_set_params(tensor, codebooks, d, (uint8_t) m);
