@@ -1,9 +1,10 @@
-"""Try the patch on other llama-cpp-python source distributions and say which insertions find no place there.
+"""Try the patch on other source distributions of llama-cpp-python, and say which insertions find no place there.
 
     python patches/try_versions.py 0.3.35 0.3.34 ...
 
-Prints a Markdown table, then every insertion that failed as FILE:LINE (of the pinned version): its first line. That an insertion finds its place
-does not show that the result compiles: `aaac-gguf llama build --source` on the unpacked source does.
+Print a Markdown table, and then every insertion that failed as `FILE:LINE: its first line`, where LINE is that of the
+pinned version. An insertion that finds its place may still not compile there. `aaac-gguf llama build --source` on the
+unpacked source shows this.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ def main() -> int:
         return 2
     resources.cache_dir().mkdir(parents=True, exist_ok=True)
     pinned, n_hunks, rejects = patch.upstream().version, len(patch.hunks()), []
-    print(
-        f"{patch.summary()}; made for {pinned}\n\n| llama-cpp-python | insertions that fit | that do not |\n|---|---|---|"
-    )
+    print(f"{patch.summary()}; made for {pinned}\n")
+    print("| llama-cpp-python | insertions that fit | that do not |\n|---|---|---|")
     for version in versions:
         with tempfile.TemporaryDirectory(prefix="aaac-versions-") as scratch:
             base, tree = (
