@@ -1,12 +1,10 @@
-"""Watching products: what transformers multiplies with is what is counted, for plain, transposed and expert weights."""
+"""The products of a model are seen, of plain, transposed and expert weights, and their inputs are summed."""
 
 import pytest
 import torch
 
 from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
-from aaac_gguf.calibration import tokens as tokens_module
-from aaac_gguf.errors import AaacError
 from aaac_gguf.models import checkpoint
 
 
@@ -66,47 +64,3 @@ def test_importance_is_the_sum_of_squared_inputs(model):
     assert entry.counts.tolist() == [48]
     torch.testing.assert_close(torch.from_numpy(entry.sums[0]), inputs[-1].square().sum((0, 1)))
     assert (imatrix.n_chunks, imatrix.chunk_size) == (3, 16)
-
-
-def test_self_tokens_depend_on_the_seed_alone(model):
-    first, again, other = (tokens_module.self_tokens(model, 4, 12, seed) for seed in (1, 1, 2))
-    assert first.shape == (4, 12)
-    assert (first[:, 0] == model.config.bos_token_id).all()
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_text_tokens_are_sequences_with_bos():
-    tokens, sha256 = tokens_module.text_tokens(resources.MODEL, resources.SAMPLE_TEXT, 4, 64)
-    assert tokens.shape == (4, 64)
-    assert (tokens[:, 0] == 1).all()
-    assert len(sha256) == 64
-    tokenizer = checkpoint.load_tokenizer(resources.MODEL)
-    assert tokenizer.decode(tokens[0, 1:]).startswith("It is a truth universally acknowledged")
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "the text is empty"),
-        (b" \n ", "the text is empty"),
-        (b"too short", "shorter than one sequence of 64"),
-        (b"\xff\xfe\x00", "not UTF-8"),
-        (None, "No such file"),
-    ],
-)
-def test_bad_text(tmp_path, content, words):
-    text = tmp_path / "text.txt"
-    if content is not None:
-        text.write_bytes(content)
-    with pytest.raises(AaacError, match=words):
-        tokens_module.text_tokens(resources.MODEL, text, 4, 64)
-
-
-def test_names_come_from_the_gguf_map():
-    present = {"blk.3.attn_qkv.weight", "blk.3.ffn_gate_exps.weight", "blk.3.ffn_up_exps.weight"}
-    assert checkpoint.gguf_names("transformer.h.3.attn.c_attn.weight", "gpt2", 4, present) == ["blk.3.attn_qkv.weight"]
-    experts = checkpoint.gguf_names("model.layers.3.mlp.experts.gate_up_proj", "qwen3moe", 4, present)
-    assert experts == ["blk.3.ffn_gate_exps.weight", "blk.3.ffn_up_exps.weight"]
-    assert checkpoint.gguf_names("vision.tower.weight", "llama", 4, present) == []
-    assert checkpoint.gguf_names("x", "no such architecture", 4, present) == []
