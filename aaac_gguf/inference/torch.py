@@ -63,9 +63,22 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
     file = read_model(Path(path))
     try:
-        return transformers.AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        if file.get("tokenizer.ggml.add_space_prefix") is False:
+            _add_no_space(tokenizer.backend_tokenizer)
     except Exception as e:
         raise _cannot_load(file, e, "its tokenizer") from None
+    return tokenizer
+
+
+def _add_no_space(tokenizer: Any) -> None:
+    """Stop a sentencepiece tokenizer from putting a space before a text. transformers does not read that setting."""
+    from tokenizers import decoders, pre_tokenizers
+
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):
+        tokenizer.pre_tokenizer.prepend_scheme = "never"
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence(parts)
 
 
 def replace_linear(model: Any, file: GgufFile) -> dict[str, str]:
