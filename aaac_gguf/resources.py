@@ -8,27 +8,23 @@ from pathlib import Path
 
 import platformdirs
 
+DATA = Path(__file__).parent / "data"
+MODEL = DATA / "demo"
+SAMPLE_TEXT = DATA / "sample.txt"
+
 
 def cache_dir() -> Path:
+    """Return the folder for what is fetched, compiled and built: AAAC_CACHE, or else the user's cache folder."""
     return Path(os.environ.get("AAAC_CACHE") or platformdirs.user_cache_path("aaac-gguf"))
 
 
 def shipped(name: str) -> Path:
-    """A folder that ships with the package: inside it when installed, beside it in a checkout."""
+    """Return a folder that ships with the package: inside it when installed, beside it in a checkout."""
     package = Path(__file__).parent
     return package / name if (package / name).is_dir() else package.parent / name
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-DATA = Path(__file__).parent / "data"
-
-
-MODEL = DATA / "demo"
-
-
-SAMPLE_TEXT = DATA / "sample.txt"

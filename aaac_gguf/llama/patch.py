@@ -1,8 +1,8 @@
-"""The llama.cpp patch: our new files, and insertions into upstream's, put into the pinned version's source or merged into another's.
+"""Apply the llama.cpp patch, our new files and insertions into upstream's, to the pinned version or to another.
 
-A hunk of `patches/*.patch` has no context: its line number is exact for the pinned version and means nothing for any other. So into another
-version each insertion is merged three ways, with the pristine pinned source as the common ancestor: it goes where its two neighbours went, and
-where upstream changed those it is reported.
+A hunk of `patches/*.patch` has no context. Its line number is exact for the pinned version and means nothing for any
+other. So into another version each insertion is merged three ways, with the pristine pinned source as the common
+ancestor. It goes between its two neighbours, wherever they are. If upstream changed these, it is reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..resources import shipped
 
 @dataclass(frozen=True)
 class Upstream:
-    """patches/UPSTREAM.toml: the source distribution that the patch is made for."""
+    """The source distribution that the patch is made for: the content of patches/UPSTREAM.toml."""
 
     package: str
     version: str
@@ -33,7 +33,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Hunk:
-    """Lines that go behind line `after` (from 1; 0 is the top) of one upstream file."""
+    """Lines to insert after line `after` of one upstream file. Lines count from 1, and 0 is the top."""
 
     file: PurePosixPath
     after: int
@@ -44,13 +44,14 @@ class Hunk:
 
 
 def upstream() -> Upstream:
+    """Return the pinned source distribution."""
     with open(shipped("patches") / "UPSTREAM.toml", "rb") as f:
         table = tomllib.load(f)
     return Upstream(**{key: table[key] for key in Upstream.__dataclass_fields__})
 
 
 def new_files() -> dict[PurePosixPath, Path]:
-    """Our new files by their place in llama.cpp's tree."""
+    """Return our new files by their place in llama.cpp's tree."""
     new = shipped("patches") / "new"
     files = {PurePosixPath(path.relative_to(new)): path for path in sorted(new.rglob("*")) if path.is_file()}
     for header in sorted(shipped("cuda_kernels").glob("*.cuh")):
@@ -59,7 +60,7 @@ def new_files() -> dict[PurePosixPath, Path]:
 
 
 def hunks() -> list[Hunk]:
-    """Our insertions into upstream's files. Raises AaacError for a patch that does anything but insert."""
+    """Return our insertions into upstream's files. Raises AaacError for a patch that does anything but insert."""
     found: list[Hunk] = []
     for path in sorted(shipped("patches").glob("*.patch")):
         file, after, lines = PurePosixPath(), 0, 0
@@ -80,28 +81,27 @@ def hunks() -> list[Hunk]:
 
 
 def summary() -> str:
-    """How much of upstream the patch touches."""
+    """Return a line that says how much of upstream the patch touches."""
     inserted = hunks()
     n_lines, n_files = sum(len(h.lines) for h in inserted), len({h.file for h in inserted})
-    return f"patch: {n_lines} lines in {len(inserted)} insertions into {n_files} files of llama.cpp, {len(new_files())} new files"
+    insertions = f"{n_lines} lines in {len(inserted)} insertions into {n_files} files of llama.cpp"
+    return f"patch: {insertions}, {len(new_files())} new files"
 
 
 def digest() -> str:
-    """Names the patch's content, in 12 hex digits."""
+    """Return 12 hex digits that name the patch's content."""
     value = hashlib.sha256()
-    for path in (
-        *new_files().values(),
-        shipped("patches") / "UPSTREAM.toml",
-        *sorted(shipped("patches").glob("*.patch")),
-    ):
+    patches = shipped("patches")
+    for path in (*new_files().values(), patches / "UPSTREAM.toml", *sorted(patches.glob("*.patch"))):
         value.update(path.read_bytes())
     return value.hexdigest()[:12]
 
 
 def apply(tree: Path, pinned: Path) -> list[Hunk]:
-    """Copy our new files into a llama.cpp source tree and insert the hunks; returns those that find no place there.
+    """Copy our new files into a llama.cpp source tree and insert the hunks.
 
     pinned: the pristine source that the hunks' line numbers belong to. It may be `tree` itself.
+    Returns the hunks that find no place in `tree`.
     """
     for place, path in new_files().items():
         (tree / place).parent.mkdir(parents=True, exist_ok=True)
@@ -137,15 +137,14 @@ def _insert(text: str, group: Sequence[Hunk]) -> str:
     lines = text.splitlines(keepends=True)
     for hunk in sorted(group, key=lambda h: h.after, reverse=True):
         if hunk.after > len(lines):
-            raise AaacError(
-                f"{hunk.file}: has {len(lines)} lines, the patch inserts behind line {hunk.after}; it is made for {upstream().version}"
-            )
+            lengths = f"has {len(lines)} lines, the patch inserts after line {hunk.after}"
+            raise AaacError(f"{hunk.file}: {lengths}; it is made for {upstream().version}")
         lines[hunk.after : hunk.after] = hunk.lines
     return "".join(lines)
 
 
 def _merge(text: str, base: str, other: str) -> str | None:
-    """`text` with what changed from `base` to `other`; None where both changed the same place."""
+    """Return `text` with the changes from `base` to `other`, or None if both changed the same place."""
     if not shutil.which("git"):
         raise AaacError("git: not found; install it, `git merge-file` fits the patch to another llama.cpp")
     with tempfile.TemporaryDirectory(prefix="aaac-merge-") as scratch:
