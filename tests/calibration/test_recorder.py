@@ -1,0 +1,137 @@
+"""What a block multiplies its parameters with is kept, once for equal inputs, and its second moments are summed."""
+
+import pytest
+import torch
+
+from aaac_gguf.calibration import recorder as recorder_module
+from aaac_gguf.calibration.recorder import InputRecorder, InputSums, add_product
+from aaac_gguf.models.blocks import StopForward
+
+
+class Attention(torch.nn.Module):
+    """Q and K on the same inputs, O on others, experts on some tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o = torch.nn.Linear(4, 6), torch.nn.Linear(4, 3), torch.nn.Linear(6, 4)
+        self.experts = torch.nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x):
+        out = self.o(self.q(x) + self.k(x).sum(-1, keepdim=True))
+        return torch.nn.functional.linear(out[:2], self.experts[1]), torch.nn.functional.linear(
+            out[2:], self.experts[2]
+        )
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Attention()
+
+
+def run(model, x, **options) -> InputRecorder:
+    parameters = dict(model.named_parameters())
+    recorder = InputRecorder(parameters, **{"wanted": parameters, **options})
+    with recorder:
+        model(x)
+    return recorder
+
+
+def test_equal_inputs_are_kept_once(model):
+    x = torch.randn(5, 4)
+    recorder = run(model, x)
+    assert recorder.same_input_as == {
+        "q.weight": "q.weight",
+        "k.weight": "q.weight",
+        "o.weight": "o.weight",
+        "experts": "experts",
+    }
+    assert list(recorder.inputs) == [("q.weight", 0), ("o.weight", 0), ("experts", 1), ("experts", 2)]
+    assert torch.equal(recorder.inputs["q.weight", 0], x)
+    out = model.o(recorder.inputs["o.weight", 0])
+    torch.testing.assert_close(recorder.inputs["experts", 1], out[:2])
+    torch.testing.assert_close(recorder.inputs["experts", 2], out[2:])
+
+
+def test_only_what_is_wanted_is_recorded(model):
+    recorder = run(model, torch.randn(5, 4), wanted=["k.weight"])
+    assert list(recorder.inputs) == [("k.weight", 0)]
+    assert recorder.same_input_as == {"k.weight": "k.weight"}
+
+
+def test_two_products_with_one_parameter_are_joined(model):
+    parameters = dict(model.named_parameters())
+    recorder = InputRecorder(parameters, parameters)
+    a, b = torch.randn(5, 4), torch.randn(2, 4)
+    with recorder:
+        model.q(a)
+        model.q(b)
+    assert torch.equal(recorder.inputs["q.weight", 0], torch.cat([a, b]))
+
+
+def test_the_forward_pass_stops_at_the_last_parameter(model):
+    x = torch.randn(5, 4)
+    with pytest.raises(StopForward) as stopped:
+        run(model, x, last="q.weight")
+    assert torch.equal(stopped.value.hidden, x)
+
+
+def test_output_gradients_are_summed_by_weight(model, monkeypatch):
+    parameters = dict(model.named_parameters())
+    recorder = InputRecorder(parameters, parameters)
+    gradients = []
+    model.k.register_forward_hook(lambda _, args, out: out.register_hook(gradients.append) and None)
+    for weight in (1.0, 3.0):
+        recorder.inputs, recorder.weight = {}, weight
+        with recorder:
+            out = model(torch.randn(5, 4))
+        (out[0].square().sum() + out[1].square().sum()).backward()
+    torch.testing.assert_close(
+        recorder.outputs["k.weight"], gradients[0].T @ gradients[0] + 3 * gradients[1].T @ gradients[1]
+    )
+    assert set(recorder.outputs) == {"q.weight", "k.weight", "o.weight"}  # not of experts
+
+    monkeypatch.setattr(recorder_module, "MAX_OUTPUTS", 5)
+    recorder = InputRecorder(parameters, parameters)
+    with recorder:
+        out = model(torch.randn(5, 4))
+    out[0].sum().backward()
+    assert set(recorder.outputs) == {"k.weight", "o.weight"}
+
+
+def test_sums_become_means():
+    x, y = torch.randn(10, 4), torch.randn(20, 4)
+    full = torch.randn(10, 4)
+    sums = InputSums(torch.empty(3, 4))
+    sums.add(0, 1.0, x, full)
+    sums.add(0, 2.0, y, y)
+    moments = sums.moments(n_tokens=30)
+    torch.testing.assert_close(moments.inputs, (x.T @ x + 2 * y.T @ y) / 50)
+    torch.testing.assert_close(moments.drift, (full - x).T @ x / 50)
+    assert (moments.outputs, moments.n_tokens, sums.counts) == (None, 30, [50.0])
+
+
+def test_without_the_full_models_inputs_there_is_no_drift():
+    sums = InputSums(torch.empty(3, 4))
+    sums.add(0, 1.0, torch.randn(10, 4))
+    assert sums.moments(10).drift is None
+
+
+def test_experts_have_sums_of_their_own():
+    x = torch.randn(10, 4)
+    sums = InputSums(torch.empty(3, 5, 4))
+    sums.add(1, 1.0, x, x + 1)
+    moments = sums.moments(10)
+    torch.testing.assert_close(moments.inputs[1], x.T @ x / 10)
+    assert moments.inputs.shape == (3, 4, 4)
+    assert not moments.inputs[[0, 2]].any()
+    assert moments.drift is None  # the router may have chosen other tokens in the full model
+    assert sums.counts == [0.0, 10.0, 0.0]
+
+
+def test_sums_of_low_precision_products_are_float32():
+    sums: dict[str, torch.Tensor] = {}
+    for _ in range(300):
+        add_product(sums, "x", 0.5, torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(1, 3, dtype=torch.bfloat16))
+    assert sums["x"].dtype == torch.float32
+    assert sums["x"].tolist() == [[150.0] * 3] * 2  # bfloat16 would stop at 128
