@@ -1,11 +1,16 @@
-"""llama-bench on the CPU over AAAC and stock types: `python benchmarks/cpu.py --rounds 5`, after `aaac-gguf llama build`.
+"""Measure AAAC and stock types with llama-bench on the CPU.
 
-The models are Llama 1B and 3B by shape, with random weights. A seed file with 64 rows of each matrix is quantized, by `convert` or by
-llama-quantize, and its rows repeat in the full model, every one in memory of its own: speed does not depend on the values. Every matrix, the
-tied output too, has the type that the model is named after. Models are made once and kept in the cache folder: 10 GB for 1b, 26 GB for 3b.
+    aaac-gguf llama build
+    python benchmarks/cpu.py --rounds 5
 
-The types take turns. Every measurement is added to the JSON file at once, and those with the fewest come first, so that a run can be cut into
-pieces with --seconds; delete the file to begin anew. The limits of the machine are measured by cpu_limits.cpp before each turn.
+The models are Llama 1B and 3B by shape, with random weights: speed does not depend on the values. `convert` or
+llama-quantize quantizes a seed file with 64 rows of each matrix. Its rows repeat in the full model, each in memory of
+its own. Every matrix, the tied output too, has the type that the model is named after. Models are made once and kept in
+the cache folder: 10 GB for 1b, 26 GB for 3b.
+
+The types take turns, and those with the fewest measurements come first. Every measurement is added to the JSON file at
+once. So a run can be cut into pieces with --seconds. Delete the file to begin anew. Before each turn cpu_limits.cpp
+measures the limits of the machine.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ SEED_ROWS = 64
 
 
 def make_model(shape: str, name: str) -> Path:
-    """The model of that shape and type, from the cache or made now."""
+    """Return the model of that shape and type, which is made if it is not in the cache."""
     folder = resources.cache_dir() / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / f"llama-{shape}-{name}.gguf"
@@ -71,12 +76,12 @@ def make_model(shape: str, name: str) -> Path:
 
 
 def n_bytes(model: Path) -> int:
-    """What a token reads: every tensor, for the output matrix is the embedding."""
+    """Return the bytes that a token reads: every tensor, since the output matrix is the embedding."""
     return sum(int(tensor.n_bytes) for tensor in read(model).tensors.values())
 
 
 def limits_program() -> Path:
-    """cpu_limits, compiled beside the patched llama.cpp."""
+    """Return the program cpu_limits, compiled in the folder of the patched llama.cpp."""
     source, tree = Path(__file__).parent / "cpu_limits.cpp", llama.source_dir()
     program = tree / "cpu_limits"
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
@@ -90,7 +95,7 @@ def limits_program() -> Path:
 
 
 def bench(model: Path, threads: int, tests: list[str]) -> dict[str, float]:
-    """Tokens per second by test. A short prompt first warms up: it reads every weight."""
+    """Return tokens per second by test. A short prompt first warms up: it reads every weight."""
     lengths = {kind: ",".join(t.removeprefix(kind) for t in tests if t.startswith(kind)) for kind in ("pp", "tg")}
     prompt = ",".join(filter(None, ("8", lengths["pp"])))
     options = f"-t {threads} -r 1 --no-warmup -p {prompt} -n {lengths['tg'] or 0} -o json"
@@ -105,6 +110,7 @@ def bench(model: Path, threads: int, tests: list[str]) -> dict[str, float]:
 
 
 def processor() -> str:
+    """Return the processor's name and its number of cores."""
     try:
         names = [
             line.split(":")[1].strip()
@@ -117,7 +123,10 @@ def processor() -> str:
 
 
 def measure(args: argparse.Namespace, results: dict[str, Any]) -> Iterator[str]:
-    """Add measurements to `results["runs"]` until every combination has `--rounds` or `--seconds` are over; yields a line after each."""
+    """Add measurements to `results["runs"]` until every combination has `--rounds` of them, or `--seconds` are over.
+
+    Yields a line after each.
+    """
     start = time.monotonic()
     models = {(shape, name): make_model(shape, name) for shape in args.shapes for name in args.types}
     for (shape, name), model in models.items():
@@ -140,13 +149,13 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> Iterator[str]:
 
 
 def turns(results: dict[str, Any], shape: str, threads: int, name: str, test: str) -> list[dict[str, Any]]:
-    """The measurements of one type that include the test."""
+    """Return the measurements of one type that include the test."""
     runs = [run for run in results["runs"] if (run["shape"], run["threads"], run["type"]) == (shape, threads, name)]
     return [run for run in runs if test in run["tokens_per_second"]]
 
 
 def speeds(results: dict[str, Any], shape: str, threads: int) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second by type and test, one per round, of the types and tests measured."""
+    """Return tokens per second by type and test, one for each round, of the types and tests that were measured."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, test in itertools.product(TYPES, TESTS):
         if runs := turns(results, shape, threads, name, test):
@@ -155,18 +164,22 @@ def speeds(results: dict[str, Any], shape: str, threads: int) -> dict[str, dict[
 
 
 def bandwidth(results: dict[str, Any], shape: str, threads: int) -> float:
-    """Median of bytes per second read beside those turns."""
+    """Return the median of the bytes per second that cpu_limits read before those turns."""
     return statistics.median(
         run["read"] for run in results["runs"] if (run["shape"], run["threads"]) == (shape, threads)
     )
 
 
 def groups(results: dict[str, Any]) -> list[tuple[str, int]]:
+    """Return the shapes and numbers of threads that were measured."""
     return sorted({(run["shape"], run["threads"]) for run in results["runs"]})
 
 
 def summary(results: dict[str, Any], shape: str, threads: int) -> str:
-    """Medians (range; number of measurements), ratios to the fastest stock types, and the share of the read bandwidth that tg64 reaches."""
+    """Return a table of medians (range; number of measurements).
+
+    Its last columns are ratios to the fastest stock types, and the share of the read bandwidth that tg64 reaches.
+    """
     found = speeds(results, shape, threads)
     median = {name: {test: statistics.median(v) for test, v in tests.items()} for name, tests in found.items()}
     read_speed = bandwidth(results, shape, threads)
@@ -201,6 +214,7 @@ def summary(results: dict[str, Any], shape: str, threads: int) -> str:
 
 
 def kernel_summary(results: dict[str, Any]) -> str:
+    """Return a table of the best speed of each type's dot product."""
     names = results["runs"][-1]["kernels"]
     best = {name: max(run["kernels"][name] for run in results["runs"]) for name in names}
     rows = [
@@ -211,7 +225,7 @@ def kernel_summary(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], out: Path) -> None:
-    """Prompt processing, and token generation against the bytes of a token with the line of the read bandwidth."""
+    """Plot prompt processing, and token generation against the bytes of a token with the line of the read bandwidth."""
     import matplotlib
 
     matplotlib.use("Agg")

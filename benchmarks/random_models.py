@@ -1,4 +1,4 @@
-"""Llama models with random weights, to measure speed with: it does not depend on the values."""
+"""Make Llama models with random weights, to measure speed with: it does not depend on the values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aaac_gguf.files.output import write
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's dimensions; `tied` where the output matrix is the embedding."""
+    """A Llama's dimensions. If it is `tied`, the output matrix is the embedding."""
 
     n_layers: int
     n_embd: int
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
-        """A layer's matrices, [N, K]."""
+        """Return the shapes of a layer's matrices, [N, K]."""
         kv = self.n_embd // self.n_head * self.n_head_kv
         return {
             "attn_q": (self.n_embd, self.n_embd),
@@ -41,13 +41,16 @@ class Shape:
         }
 
     def matrix(self, name: str) -> tuple[int, int] | None:
-        """[N, K] of the tensor of that name; None for a norm."""
+        """Return the shape [N, K] of the tensor of that name, None for a norm."""
         part = name.removesuffix(".weight").split(".")[-1]
         return (self.n_vocab, self.n_embd) if part in ("token_embd", "output") else self.linear.get(part)
 
 
 def one_layer(path: Path, shape: Shape, n_rows: int | None = None) -> None:
-    """A Llama of one layer with random F16 weights and no tokenizer. With `n_rows`, matrices have only so many rows: a seed for `grow`."""
+    """Write a Llama of one layer with random F16 weights and no tokenizer.
+
+    n_rows: rows of every matrix, at most. Such a file is a seed for `grow`.
+    """
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -74,7 +77,10 @@ def one_layer(path: Path, shape: Shape, n_rows: int | None = None) -> None:
 
 
 def grow(source: GgufFile, shape: Shape, out: Path) -> None:
-    """The model of `shape` whose layers and rows repeat those of `source`, each in memory of its own, so that as much is read as in a trained one."""
+    """Write the model of `shape` whose layers and rows repeat those of `source`.
+
+    Each has memory of its own, so that as much is read as in a trained model.
+    """
     infos, origin, codecs = [], {}, {}
     for name, tensor in source.tensors.items():
         for i in range(shape.n_layers if name.startswith("blk.0.") else 1):

@@ -1,4 +1,4 @@
-"""Fetching, patching and finding llama.cpp; the build itself is what CI runs first."""
+"""Fetching, patching and finding llama.cpp. The build itself CI runs first."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def archive(folder, files):
-    """A stand-in for the source distribution."""
+    """Make an archive with the source distribution's name and these files."""
     up = patch.upstream()
     root = f"{up.package.replace('-', '_')}-{up.version}"
     for name, text in files.items():
@@ -67,7 +67,8 @@ def small_patch(tmp_path, monkeypatch):
     (shipped / "patches" / "new").mkdir(parents=True)
     (shipped / "cuda_kernels").mkdir()
     (shipped / "patches" / "new" / "ours.h").write_text("// ours\n")
-    hooks = "diff --git a/g.c b/g.c\n--- a/g.c\n+++ b/g.c\n@@ -2,0 +3 @@ name\n+hook 1\n@@ -5,0 +7,2 @@\n+hook 2\n++++ b/not a header\n"
+    header = "diff --git a/g.c b/g.c\n--- a/g.c\n+++ b/g.c\n"
+    hooks = f"{header}@@ -2,0 +3 @@ name\n+hook 1\n@@ -5,0 +7,2 @@\n+hook 2\n++++ b/not a header\n"
     (shipped / "patches" / "hooks.patch").write_text(hooks)
     shutil.copy(resources.shipped("patches") / "UPSTREAM.toml", shipped / "patches")
     monkeypatch.setattr(patch, "shipped", lambda name: shipped / name)
@@ -188,7 +189,7 @@ def test_building_again_does_nothing(patched):
 
 @pytest.mark.llama
 def test_backend_ops(patched):
-    """llama.cpp's own operation tests on the AAAC cases, fast kernels against its reference mode."""
+    """llama.cpp's own operation tests pass on the AAAC cases: fast kernels against its reference mode."""
     result = subprocess.run(
         [tools.tool("test-backend-ops"), "test", "-b", "CPU", "-p", "aaac"], capture_output=True, text=True
     )

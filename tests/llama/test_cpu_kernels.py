@@ -1,8 +1,9 @@
-"""The patch's CPU kernels compiled stand-alone for each instruction set, against float64 on the activations as the kernel quantized them.
+"""The patch's CPU kernels, compiled stand-alone for each instruction set, against float64.
 
-On those activations a product has no error but float32 rounding. The integer sum of a group is exact, the offset of unsigned levels
-included (at most 32 * 255 * 127 < 2^24, so its conversion to float is exact too); three roundings make its term (S, times the scale of the
-activations, times the sum) and each of at most K / 16 additions adds one:  |error| <= (K / 16 + 4) * 2^-24 * sum |w x|.
+The reference has the activations as the kernel quantized them. On those a product has no error but float32 rounding.
+The integer sum of a group is exact, with the offset of unsigned levels too: it is at most 32 * 255 * 127 < 2^24, so its
+conversion to float is also exact. Three roundings make its term: S, times the scale of the activations, times the sum.
+Each of at most K / 16 additions adds one rounding. So |error| <= (K / 16 + 4) * 2^-24 * sum |w x|.
 """
 
 import platform
@@ -54,7 +55,7 @@ def cpu_flags() -> set[str]:
 
 
 def toolchain(target: str) -> tuple[str, list[str]]:
-    """Compiler and the command that runs its programs; skips with a reason where one is missing."""
+    """Return the compiler, and the command that runs its programs. Skips with a reason if one is missing."""
     machines, needed, _ = TARGETS[target]
     if not machines or platform.machine() in machines:
         if missing := set(needed) - cpu_flags():
@@ -74,7 +75,10 @@ def toolchain(target: str) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def kernels(request, tmp_path_factory):
-    """run(qtype, blocks [N, bytes], codec, x [n, K]) -> (x as quantized, float64), by_row, by_tile: float32 [n, N]."""
+    """Return run(qtype, blocks [N, bytes], codec, x [n, K]) -> x as quantized, by_row, by_tile.
+
+    x as quantized is float64, the products by_row and by_tile are float32 [n, N].
+    """
     compiler, runner = toolchain(request.param)
     program = tmp_path_factory.mktemp("kernels") / "cpu_kernels"
     include = [shipped("patches") / "new/ggml/src/ggml-cpu/aaac", shipped("cuda_kernels")]
@@ -101,7 +105,7 @@ def kernels(request, tmp_path_factory):
 
 
 def activations(n_cols: int, k: int, seed: int = 1) -> np.ndarray:
-    """With blocks of very different size, an all-zero block and a subnormal one."""
+    """Return activations with blocks of very different size, an all-zero block and a subnormal one."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n_cols, k)) * np.repeat(10.0 ** rng.uniform(-4, 4, (n_cols, k // 32)), 32, axis=-1)
     x[0, :32] = 0
@@ -114,14 +118,14 @@ def test_activations_are_rounded_to_nearest(kernels, qtype):
     x = activations(5, 640)
     quantized, _, _ = kernels(qtype, random_blocks(qtype, 1, 640, seed=0), codec(3), x)
     step = np.repeat(np.abs(x.astype(np.float64)).reshape(5, -1, 32).max(-1) / 127, 32, axis=-1)
-    # half a step, and what float32 adds to the scale and its inverse; a subnormal block becomes zero
+    # half a step, and what float32 adds to the scale and to its inverse; a subnormal block becomes zero
     assert (np.abs(quantized - x) <= np.maximum(step * (0.5 + 1e-4), 2e-38)).all()
 
 
 @ALL_TYPES
 @pytest.mark.parametrize("n_cols", [1, 2, 3, 4, 5, 8, 15, 16, 17, 37])
 def test_products(kernels, qtype, n_cols):
-    k, n_rows = 1280, 37  # rows that fill no tile
+    k, n_rows = 1280, 37  # rows that do not fill whole tiles
     blocks = random_blocks(qtype, n_rows, k, seed=n_cols, max_code=60)
     x, by_row, by_tile = kernels(qtype, blocks, codec(4), activations(n_cols, k))
     weights = decode(qtype, blocks, codec(4)).astype(np.float64)
@@ -133,7 +137,7 @@ def test_products(kernels, qtype, n_cols):
 @ALL_TYPES
 @pytest.mark.parametrize("n_blocks", [1, 2, 3, 5])
 def test_short_rows(kernels, qtype, n_blocks):
-    """Rows of few blocks: no kernel may read or count past the end of a row."""
+    """No kernel may read or count past the end of a row, if it has few blocks."""
     k = n_blocks * qtype.block_size
     blocks = random_blocks(qtype, 5, k, seed=n_blocks, max_code=60)
     x, by_row, by_tile = kernels(
@@ -146,7 +150,10 @@ def test_short_rows(kernels, qtype, n_blocks):
 
 @ALL_TYPES
 def test_every_level_and_scale_code(kernels, qtype):
-    """One-hot activations read single weights back; all 128 codes (a product of floats may round once more than the decode)."""
+    """One-hot activations read single weights back, with all 128 codes.
+
+    A product of floats may round once more than the decode.
+    """
     k = 512
     blocks = random_blocks(qtype, 64, k, seed=3)
     x = np.zeros((64, k), np.float32)

@@ -1,7 +1,8 @@
-"""The patch's CUDA backend without a GPU: its own files, launches and all, under cuda_emulator.h, on the requests of test_ops.py.
+"""The patch's CUDA backend without a GPU, on the requests of test_ops.py.
 
-ggml's headers and tensors are real; its pool, cuBLAS and sorting of experts are stood in for by tests/emulation/cuda_mock. What only a GPU can show remains:
-the instructions behind the emulated ones, timing, and races.
+Its own files, launches too, are compiled with cuda_emulator.h. ggml's headers and tensors are real. In place of its
+pool, of cuBLAS and of its sorting of experts is tests/emulation/cuda_mock. Only a GPU can show the rest: the real
+instructions in place of the emulated ones, timing, and races.
 """
 
 import re
@@ -27,11 +28,11 @@ from aaac_gguf.files.format import decode
 from aaac_gguf.resources import shipped
 
 pytestmark = pytest.mark.llama
-run_op = ops.run_op  # with the program below
+run_op = ops.run_op  # which runs the program below
 
 
 def host_source() -> str:
-    """The backend's .cu files as C++: kernel<<<...>>>(arguments) becomes a call of the emulator."""
+    """Return the backend's .cu files as C++: kernel<<<...>>>(arguments) becomes a call of the emulator."""
     folder = shipped("patches") / "new/ggml/src/ggml-cuda"
     text = "".join((folder / name).read_text() for name in ("aaac-decode.cu", "aaac.cu"))
     kernel = r"(\w+(?:<(?:[^<>;]|<[^<>;]*>)*>)?)"
@@ -43,7 +44,7 @@ def host_source() -> str:
 
 @pytest.fixture(scope="module")
 def program(request, patched, llama_source, tmp_path_factory):
-    """test-aaac with the emulated backend."""
+    """Build test-aaac with the emulated backend."""
     if not shutil.which("g++"):
         pytest.skip("g++ is not installed")
     folder = tmp_path_factory.mktemp("backend")
@@ -74,7 +75,7 @@ def program(request, patched, llama_source, tmp_path_factory):
 @ALL_TYPES
 @pytest.mark.parametrize("n_cols", [1, 2, 3, 4, 7, 8, 9, 19, 32])
 def test_mul_mat_few_columns(run_op, qtype, n_cols):
-    """Activations of 8 bits, as on the CPU: where there are enough results the mean square of the error as well."""
+    """Activations have 8 bits, as on the CPU. With enough results the mean square of the error is checked too."""
     blocks, x = random_blocks(qtype, 67, 1152, seed=n_cols, max_code=50), ops.activations(n_cols, 1152)
     got = np.frombuffer(run_op(ops.MUL_MAT, qtype, blocks, codec(4), x), np.float32).reshape(n_cols, 67)
     ops.check_product(got, decode(qtype, blocks, codec(4)), x, mean_square=n_cols > 4)
@@ -83,7 +84,10 @@ def test_mul_mat_few_columns(run_op, qtype, n_cols):
 @ALL_TYPES
 @pytest.mark.parametrize("n_cols", [33, 70])
 def test_mul_mat_many_columns(run_op, qtype, n_cols):
-    """Weights and activations rounded to float16: half a unit of 2^-10 each, so the error is far inside the bound for 8 bits."""
+    """Weights and activations are rounded to float16.
+
+    Each is off by half a unit of 2^-10, so the error is far inside the bound for 8 bits.
+    """
     blocks, x = random_blocks(qtype, 21, 256, seed=n_cols, max_code=50), ops.activations(n_cols, 256)
     got = np.frombuffer(run_op(ops.MUL_MAT, qtype, blocks, codec(4), x), np.float32).reshape(n_cols, 21)
     w, x = decode(qtype, blocks, codec(4)).astype(np.float64), x.astype(np.float64)
@@ -94,7 +98,7 @@ def test_mul_mat_many_columns(run_op, qtype, n_cols):
 
 
 def fused(y: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """What cuda_backend_host.cpp asks for, of the product y that one launch without fusion gives."""
+    """Return what cuda_backend_host.cpp asks for, of the product y that one launch without fusion gives."""
     gate = 2 * y.astype(np.float64) - 0.5
     return (y + bias) * gate / (1 + np.exp(-gate))
 

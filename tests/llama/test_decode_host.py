@@ -22,7 +22,7 @@ COMPILERS = {
 
 @pytest.fixture(scope="module", params=COMPILERS)
 def header(request, tmp_path_factory):
-    """The header behind ctypes: decode(qtype, blocks, codec) -> float32."""
+    """Compile the header and return decode(qtype, blocks, codec) -> float32."""
     compiler, *flags = COMPILERS[request.param]
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")

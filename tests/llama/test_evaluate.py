@@ -1,4 +1,4 @@
-"""Reading llama-perplexity's summary and logits files."""
+"""Reading llama-perplexity's summary and its logits files."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ Maximum KLD:   0.094526
 Minimum KLD:  -0.000004
 RMS Δp    :  1.617 ± 0.065 %
 Same top p: 94.094 ± 0.662 %
-"""
+"""  # noqa: E501
 
 
 def test_summary():
@@ -34,7 +34,7 @@ def test_a_summary_that_was_cut_short_is_refused():
 
 
 def write_logits(path, log_probabilities, tokens):
-    """llama-perplexity's layout: 16-bit steps above each row's floor."""
+    """Write a logits file in llama-perplexity's layout: 16-bit steps above each row's floor."""
     n_chunks, positions, n_vocab = log_probabilities.shape
     floor = log_probabilities.min(-1, keepdims=True)
     scale = (log_probabilities.max(-1, keepdims=True) - floor) / 65535

@@ -1,7 +1,8 @@
-"""What patched llama.cpp's loader and llama-quantize refuse, each with its own message; split files; the name of the file type.
+"""Patched llama.cpp's loader and llama-quantize refuse bad files, each with its own message; split files; file types.
 
-llama-bench -v is what shows a loader's message: it logs from the thread that loads. The other tools log from a thread of their own and may
-end before that thread has written (llama-completion never shows the message), and llama-quantize makes no tensors.
+Messages of the loader are read from llama-bench -v, which logs from the thread that loads. The other tools log from a
+thread of their own, and may end before it has written: llama-completion never shows the message. llama-quantize makes
+no tensors.
 """
 
 import subprocess
@@ -26,17 +27,13 @@ NAMES, BOOKS, BASE, BITS = "aaac.tensor_names", "aaac.codebooks", "aaac.scale_ba
 
 @pytest.fixture(scope="module")
 def converted(patched, tmp_path_factory):
-    """converted(type): the bundled model in that type, made once."""
+    """Return converted(type), which is the bundled model in that type, made once."""
     folder = tmp_path_factory.mktemp("loader")
 
     def convert_once(name):
         out = folder / f"{name}.gguf"
         if not out.is_file():
-            convert.convert(
-                resources.MODEL,
-                out,
-                Settings(type=name, calibration="none", method="paper"),
-            )
+            convert.convert(resources.MODEL, out, Settings(type=name, calibration="none", method="paper"))
         return out
 
     return convert_once
@@ -58,7 +55,7 @@ def g128(converted):
 
 
 def run(tool, *args, log):
-    """(status, output); to a file, since a pipe may lose the end."""
+    """Return (status, output). The output goes to a file, since a pipe may lose the end."""
     with open(log, "wb") as f:
         status = subprocess.run(
             [tools.tool(tool), *map(str, args)],
@@ -103,7 +100,7 @@ def generate(path):
 
 
 def rewrite(source, out, change_metadata=None, change_data=None):
-    """A copy of `source` whose metadata, or whose data of each tensor, a test has changed."""
+    """Make a copy of `source` whose metadata, or whose data of each tensor, a test has changed."""
     file = gguf_io.read(source)
     metadata = gguf_io.field_values(file.fields)
     if change_metadata:

@@ -1,14 +1,16 @@
 """The operations of patched llama.cpp's CPU backend on AAAC weights, through the patch's test-aaac program.
 
-Decoding (GET_ROWS, CPY) is compared with the numpy oracle bit for bit. Products are compared with float64 products of the decoded weights
-and the float activations, within the bound that 8-bit activations allow:
+Decoding (GET_ROWS, CPY) is compared with the numpy oracle bit for bit. Products are compared with float64 products of
+the decoded weights and the float activations, within the bound that 8-bit activations allow:
 
-    Activations are rounded to x' = q * d with d = max |x| / 127 over each block b of 32, so |x - x'| <= d / 2 (1 + e). A product therefore
-    misses the true one by at most   sum_b  max_b |x| / 254 * sum_{i in b} |w_i|,   and rounding in float32 adds at most
-    (K / 16 + 4) * 2^-24 * sum |w x| (see test_cpu_kernels.py). No result may be outside that bound.
+    Activations are rounded to x' = q * d with d = max |x| / 127 over each block b of 32, so |x - x'| <= d / 2 (1 + e).
+    A product therefore misses the true one by at most   sum_b  max_b |x| / 254 * sum_{i in b} |w_i|.
+    Rounding in float32 adds at most   (K / 16 + 4) * 2^-24 * sum |w x|   (see test_cpu_kernels.py).
+    No result may be outside that bound.
 
-    The rounding errors are spread evenly over [-d/2, d/2] and independent, so the error has variance sum_b d_b^2 / 12 * sum_{i in b} w_i^2.
-    Over many results the mean square must be that, which a coarser scale or a lost bit would not pass.
+    The rounding errors are spread evenly over [-d/2, d/2] and independent. So the error has the variance
+    sum_b d_b^2 / 12 * sum_{i in b} w_i^2. Over many results the mean square must be that. A coarser scale or a lost bit
+    would not pass.
 """
 
 import struct
@@ -38,7 +40,10 @@ def program():
 
 @pytest.fixture(scope="module")
 def run_op(program):
-    """run_op(op, qtype, blocks, codec, src1=None, ids=None) -> bytes. Arrays have ggml's dimensions, last one first."""
+    """Return run_op(op, qtype, blocks, codec, src1=None, ids=None) -> bytes.
+
+    Arrays have ggml's dimensions, the last one first.
+    """
 
     def run(op, qtype, blocks, codec, src1=None, ids=None, first_row=0, n_threads=2):
         def shape(array):
@@ -110,14 +115,14 @@ def test_views_keep_the_codebooks(run_op, qtype):
 
 
 def activations(*shape: int) -> np.ndarray:
-    """Blocks of very different size, some all zero."""
+    """Return activations with blocks of very different size, some all zero."""
     rng = np.random.default_rng(4)
     size = rng.choice([0, 1e-3, 0.1, 1, 30], (*shape[:-1], shape[-1] // 32))
     return (rng.standard_normal(shape) * np.repeat(size, 32, axis=-1)).astype(np.float32)
 
 
 def check_product(got: np.ndarray, weights: np.ndarray, x: np.ndarray, mean_square: bool = True) -> None:
-    """got float32 [n, N] of weights [N, K] and x [n, K]."""
+    """Check `got`, float32 [n, N], the product of weights [N, K] and x [n, K]."""
     w, x = weights.astype(np.float64), x.astype(np.float64)
     k = x.shape[-1]
     step = np.repeat(np.abs(x).reshape(len(x), -1, 32).max(-1) / 127, 32, axis=-1)
@@ -180,7 +185,7 @@ def test_mul_mat_id(run_op, qtype, n_tokens, shared):
 
 
 def test_backend_ops():
-    """llama.cpp's own operation tests with the patch's cases: the fast kernels against the backend's reference mode."""
+    """llama.cpp's own operation tests pass on the patch's cases: fast kernels against the backend's reference mode."""
     try:
         program = tools.tool("test-backend-ops")
     except AaacError as e:

@@ -1,7 +1,8 @@
-"""Patched llama.cpp, built with AddressSanitizer and UndefinedBehaviorSanitizer, on hostile files: an error message or a harmless load.
+"""Patched llama.cpp, built with AddressSanitizer and UndefinedBehaviorSanitizer, refuses hostile files or loads them.
 
-Needs AAAC_ASAN_BIN, the folder of such a build's binaries; patches/README.md has the commands. AAAC_ASAN_FILES sets how many files.
-An assertion of llama.cpp's own that a file trips is no memory error: it is counted and passes. One in our files does not.
+Needs AAAC_ASAN_BIN, the folder of such a build's binaries. patches/README.md has the commands. AAAC_ASAN_FILES sets how
+many files. A file may trip an assertion of llama.cpp's own, which is no memory error: it is counted and passes. An
+assertion in our files fails.
 """
 
 import os
@@ -37,7 +38,7 @@ def bench():
 
 
 def load(bench: Path, model: Path) -> tuple[int, str]:
-    """Status and output of loading `model` and computing a prompt of 4 tokens and one more."""
+    """Load `model`, and compute a prompt of 4 tokens and one more. Returns status and output."""
     log = model.with_suffix(".log")
     with open(log, "wb") as f:
         args = [bench, "-v", "-m", model, "-t", "1", "-r", "1", "-p", "4", "-n", "1"]
@@ -48,7 +49,7 @@ def load(bench: Path, model: Path) -> tuple[int, str]:
 
 
 def outcome(status: int, output: str) -> str:
-    """What a run ended in: "ran", "message", or the place of an upstream assertion. Fails for anything else."""
+    """Return what a run ended in: "ran", "message", or the place of an upstream assertion. Fails for anything else."""
     assert "AddressSanitizer" not in output, output[output.index("AddressSanitizer") - 100 :][:3000]
     ours = [line for line in output.splitlines() if "runtime error:" in line and "aaac" in line]
     assert not ours, ours
@@ -80,8 +81,7 @@ def test_hostile_files(bench, tmp_path):
         upstream.update(set(re.findall(r"(\S+?:\d+):\d+: runtime error:", output)))
         path.unlink()
         path.with_suffix(".log").unlink()
-    print(
-        f"{len(paths)} files: {dict(outcomes.most_common())}; undefined behaviour upstream: {dict(upstream.most_common())}"
-    )
+    print(f"{len(paths)} files: {dict(outcomes.most_common())}")
+    print(f"undefined behaviour upstream: {dict(upstream.most_common())}")
     assert outcomes["message"] > 0.5 * len(paths)
     assert outcomes["ran"] > 0.02 * len(paths)

@@ -1,4 +1,4 @@
-"""An AAAC file behind llama-server, asked as an OpenAI client asks, and in llama-cpp-python."""
+"""An AAAC file is served by llama-server, to an OpenAI client, and runs in llama-cpp-python."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def aaac_file(patched, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(aaac_file):
-    """How llama-completion begins, greedily: it prints a token less than it is asked for."""
+    """Return the beginning of llama-completion's greedy text. It prints a token less than it is asked for."""
     text = (
         demo.generate(aaac_file, demo.PROMPT, aaac_file.with_suffix(".log"), N_TOKENS).removeprefix(demo.PROMPT).strip()
     )
@@ -41,7 +41,7 @@ def expected(aaac_file):
 
 @pytest.fixture(scope="module")
 def server(aaac_file):
-    """The base address of a llama-server that has loaded the file."""
+    """Return the base address of a llama-server that has loaded the file."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -79,7 +79,7 @@ def test_completion_is_what_llama_completion_says(server, expected):
 
 
 def test_chat(server):
-    """Through the openai package where it is installed, else the same request by hand."""
+    """Ask through the openai package if it is installed, else by the same request by hand."""
     messages = [{"role": "user", "content": "Tell me about the old gentleman."}]
     if importlib.util.find_spec("openai"):
         import openai
@@ -101,10 +101,12 @@ def test_llama_cpp_python(aaac_file, expected, tmp_path):
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip cannot install the wheel with diskcache: {done.stderr.strip().splitlines()[-1]}")
-    code = (
-        "import sys, llama_cpp; m = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False);"
-        f"print(llama_cpp.__version__); print(m(sys.argv[2], max_tokens={N_TOKENS}, temperature=0)['choices'][0]['text'])"
-    )
+    code = f"""
+import sys, llama_cpp
+model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False)
+print(llama_cpp.__version__)
+print(model(sys.argv[2], max_tokens={N_TOKENS}, temperature=0)["choices"][0]["text"])
+"""
     run = subprocess.run(
         [sys.executable, "-c", code, aaac_file, demo.PROMPT],
         capture_output=True,
