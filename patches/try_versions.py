@@ -19,6 +19,7 @@ from aaac_gguf.llama import patch
 
 
 def main() -> int:
+    """Try every version that is named. Returns the exit status: 1 if an insertion failed."""
     versions = sys.argv[1:]
     if not versions or versions[0].startswith("-"):
         print(__doc__.strip(), file=sys.stderr)

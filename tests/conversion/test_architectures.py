@@ -18,6 +18,7 @@ from aaac_gguf.files.atomic import atomic
 from aaac_gguf.files.imatrix import Coverage, write_imatrix
 from aaac_gguf.llama import evaluate
 from aaac_gguf.reporting import verify
+from aaac_gguf.reporting.results import Verification
 
 CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**COMMON, **SIZES, tie_word_embeddings=True),
@@ -119,7 +120,7 @@ def test_gpt2(patched, demo_full, tmp_path):
     assert report.coverage == Coverage(1, [])
     assert verify.verify(out, source, resources.SAMPLE_TEXT).failures == []
 
-    file, result = gguf_io.read(out), verify.Verification(reference="transformers")
+    file, result = gguf_io.read(out), Verification(reference="transformers")
     assert verify.inject(model, full, file) == []
     evaluate.save_logits(out, resources.SAMPLE_TEXT, logits, verify.N_CTX)
     held = evaluate.read_logits(logits)

@@ -171,6 +171,13 @@ def test_cuda_without_a_toolkit(monkeypatch, capsys):
     assert "nvcc not found" in capsys.readouterr().err
 
 
+def test_errors_of_the_library_name_settings(tmp_path):
+    with pytest.raises(AaacError, match=r"^`backend` metal: unknown; choose from cpu, cuda"):
+        llama.build("metal")
+    with pytest.raises(AaacError, match=r"^`checkout` .*: not a llama\.cpp source folder"):
+        llama.build(checkout=tmp_path)
+
+
 @pytest.mark.llama
 def test_run_passes_arguments_and_status_through(patched, capfd):
     assert cli.main(["llama", "run", "llama-perplexity", "--version"]) == 0

@@ -1,11 +1,13 @@
 """Comparing types: bad input, and a small comparison the whole way."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from aaac_gguf import cli, resources
 from aaac_gguf.conversion.settings import Settings
+from aaac_gguf.errors import AaacError
 from aaac_gguf.reporting import compare
 
 
@@ -26,6 +28,21 @@ def test_bad_input(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", str(resources.MODEL), *args]) == 2
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"types": ["Q9_9"]}, r"^`types` Q9_9: unknown type; choose from AAAC4_G16"),
+        ({"types": ["absent.gguf"]}, r"^`types` absent\.gguf: no such file"),
+        ({"texts": [Path("absent.txt")]}, r"^`texts` absent\.txt: no such file"),
+        ({"texts": [resources.SAMPLE_TEXT] * 2}, r"^`texts`: two texts of the same name"),
+    ],
+)
+def test_errors_of_the_library_name_settings(options, message, tmp_path):
+    with pytest.raises(AaacError, match=message):
+        compare.compare(resources.MODEL, tmp_path / "out", compare.Options(**options))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,6 +13,7 @@ from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.atomic import atomic
 from aaac_gguf.files.gguf import TensorInfo
 from aaac_gguf.reporting import verify
+from aaac_gguf.reporting.results import Verification
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,11 @@ def converted(llama_source, tmp_path_factory):
 
 
 def rewrite(path, out, codecs=None, data=None):
-    """A copy of an AAAC file with other codecs or other blocks for some tensors, whole in every other respect."""
+    """Copy an AAAC file with other codecs or other blocks for some tensors, whole in every other respect."""
     file = gguf_io.read(path)
     codecs = {**file.codecs, **(codecs or {})}
     metadata = {**gguf_io.field_values(file.fields), **gguf_io.codec_values(codecs)}
-    infos = [
-        TensorInfo(name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type) for name, t in file.tensors.items()
-    ]
+    infos = [TensorInfo(name, shape, file.tensors[name].tensor_type) for name, shape in file.shapes.items()]
     with atomic(out) as f:
         f.write(gguf_io.render_header(metadata, infos))
         for info in infos:
@@ -88,11 +87,11 @@ def test_logits_that_differ_are_noticed():
         x - np.log(np.exp(x).sum(-1, keepdims=True))
         for x in (logits, logits + rng.normal(size=logits.shape).astype(np.float32))
     )
-    result = verify.Verification(reference="the reference")
+    result = Verification(reference="the reference")
     verify.compare_logits(result, [expected], Held())
     assert result.failures[0].startswith("mean KL divergence from the reference is ")
     assert "of the most likely tokens agree" in result.failures[1]
-    result = verify.Verification()
+    result = Verification()
     other = expected
     verify.compare_logits(result, [expected], Held())
     assert result.failures == []
