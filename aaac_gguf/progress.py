@@ -33,13 +33,13 @@ class LogBar(tqdm):
         return False  # True would have tqdm print a carriage return when the bar closes
 
 
-def progress(iterable: Iterable[Any] | None = None, *, desc: str, **options: Any) -> Any:
+def progress(iterable: Iterable[Any] | None = None, *, desc: str, unit: str = "step", **options: Any) -> Any:
     """Return a tqdm bar over `iterable`, or without one a bar that the caller updates.
 
     If standard error is not a terminal, the bar prints a line every SECONDS_PER_LINE, and none for short work.
-    options: those of tqdm, `total`, `unit` and `initial` for example.
+    unit: of the work, in the singular. options: those of tqdm, `total` and `initial` for example.
     """
     if sys.stderr.isatty():
-        return tqdm(iterable, desc=desc, leave=False, **options)
-    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}"
-    return LogBar(iterable, desc=desc, leave=False, miniters=1, bar_format=line, **options)
+        return tqdm(iterable, desc=desc, unit=unit, leave=False, **options)
+    line = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left"
+    return LogBar(iterable, desc=desc, unit=unit, leave=False, miniters=1, bar_format=line, **options)

@@ -9,7 +9,7 @@ import pytest
 from aaac_gguf import progress as module
 from aaac_gguf.progress import progress
 
-LINE = re.compile(r"(\w+): (\d+) of (\d+|\?), \d\d:\d\d elapsed, [\d:?]+ left, .*(it|step)\S*")
+LINE = re.compile(r"(\w+): (\d+) of (\d+|\?) (?:step|weight)s, \d\d:\d\d elapsed, [\d:?]+ left")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_nested_bars_both_print(log):
 
 
 def test_a_bar_that_the_caller_updates_and_that_learns_its_total_late(log):
-    with progress(desc="building", unit="step") as bar:
+    with progress(desc="building", unit="weight") as bar:
         time.sleep(0.25)
         bar.update(1)
         bar.total = 9
