@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from aaac_gguf import cli, resources
+from aaac_gguf import cli, progress, resources
 from aaac_gguf.errors import AaacError
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files.gguf import GgufFile
@@ -51,6 +52,12 @@ def write_source(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_progress_lines(monkeypatch):
+    """Keep lines of progress, which depend on the time, out of what tests read from standard error."""
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", math.inf)
 
 
 @pytest.fixture
