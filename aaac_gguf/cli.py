@@ -8,12 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from . import __version__, compare, load, plan, quantize, verify
-from .errors import AaacError
+from .errors import AaacError, AaacWarning
 
 # The flag of each setting that the library's errors name in backquotes.
 FLAGS = {
@@ -37,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _interrupt)
     try:
-        return args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", AaacWarning)
+            warnings.showwarning = _show_warning
+            return args.run(args) or 0
     except AaacError as e:
         print(f"aaac-gguf: error: {in_flags(str(e))}", file=sys.stderr)
         return 2
@@ -51,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:  # a file or a disk that no verb could foresee
         print(f"aaac-gguf: error: {AaacError(f'{e.filename or args.verb}: {e.strerror or e}')}", file=sys.stderr)
         return 2
+
+
+def _show_warning(message: Warning | str, category: object, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+    print(f"aaac-gguf: warning: {in_flags(str(message))}", file=sys.stderr, flush=True)
 
 
 def in_flags(message: str) -> str:

@@ -1,4 +1,8 @@
-"""The one exception that a user is meant to read."""
+"""The exception and the warning that a user is meant to read."""
+
+from __future__ import annotations
+
+import warnings
 
 
 class AaacError(ValueError):
@@ -10,3 +14,12 @@ class AaacError(ValueError):
     def __init__(self, message: str) -> None:
         # Names from a damaged file may hold anything: line ends, terminal escapes.
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
+
+class AaacWarning(UserWarning):
+    """A file is made all the same, and something about it is worth knowing. Settings are in backquotes."""
+
+
+def warn(message: str) -> None:
+    """Warn the user. The command line prints the message at once."""
+    warnings.warn(message, AaacWarning, stacklevel=3)

@@ -37,8 +37,12 @@ def write_source(
     tensors: dict[str, np.ndarray],
     architecture: str = "llama",
     settings: Mapping[str, int | float] | None = None,
+    bfloat16: bool = False,
 ) -> Path:
-    """A full-precision GGUF of no real model: enough for everything that does not run it. settings: numbers of the architecture's metadata."""
+    """Write a full-precision GGUF of no real model: enough for everything that does not run it.
+
+    settings: numbers of the architecture's metadata. bfloat16: store the matrices in it, rounded.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("made by a test")
     for key, value in (settings or {}).items():
@@ -46,7 +50,11 @@ def write_source(
     writer.add_block_count(1)
     writer.add_token_list(["a", "bc", "d"])
     for name, values in tensors.items():
-        writer.add_tensor(name, values)
+        if bfloat16 and values.ndim > 1:
+            stored = gguf.quantize(values, gguf.GGMLQuantizationType.BF16)
+            writer.add_tensor(name, stored, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -83,7 +83,7 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
     """
     start = time.monotonic()
     settings.check_device()
-    check_output(out)
+    check_output(out, source)
     with Journal(out, resume) as journal, _scratch_folder(out) as scratch:
         # In the first seconds: everything that can be refused without reading the weights.
         with full_precision(source, scratch, header_only=True) as header:
@@ -93,7 +93,7 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
             fingerprint = job.fingerprint()
             journal.check(fingerprint)
         with full_precision(source, scratch) as file:
-            fingerprint["source"] = check_weights(file)
+            fingerprint["source"] = check_weights(file, job.largest)
             journal.check(fingerprint)
             calibration = calibrate(job, file, scratch)
             if settings.mixes:
@@ -115,7 +115,7 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
 
 def dry_run(source: Path, out: Path, settings: Settings) -> DryRun:
     """Plan what `convert` would write. For mixed precision that means to calibrate and to measure."""
-    check_output(out)
+    check_output(out, source)
     with tempfile.TemporaryDirectory(prefix="aaac-") as folder:
         scratch = Path(folder)
         with full_precision(source, scratch, header_only=True) as header:

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as T
 from ..errors import AaacError
 from ..files.gguf import TensorInfo, read_model
 from ..files.output import check_output, write
+from ..models.weights import check_largest
 from ..progress import progress
 from ..quantizer.types import TENSOR_TYPES, round_to_nearest
 from .job import output_metadata
@@ -26,7 +27,7 @@ def dequantize_file(source: Path, out: Path, type_name: str = "F32") -> int:
     ggml_type = parse_type(type_name, "type")
     if ggml_type not in PLAIN_TYPES:
         raise AaacError(f"`type` {type_name}: choose from {', '.join(t.name for t in PLAIN_TYPES)}")
-    check_output(out)
+    check_output(out, source)
     file = read_model(source)
     infos = []
     for name, shape in file.shapes.items():
@@ -39,7 +40,9 @@ def dequantize_file(source: Path, out: Path, type_name: str = "F32") -> int:
         tensor = file.tensors[info.name]
         if info.type == tensor.tensor_type:
             return tensor.data
-        return round_to_nearest(torch.from_numpy(file[info.name]), info.type)
+        weight = torch.from_numpy(file[info.name])
+        check_largest(file.path, info.name, weight, TENSOR_TYPES[info.type].largest)
+        return round_to_nearest(weight, info.type)
 
     metadata = output_metadata(file, TENSOR_TYPES[ggml_type].file_type)
     write(out, metadata, infos, (decode(info) for info in progress(infos, desc="decoding", unit="tensor")))

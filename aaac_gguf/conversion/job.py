@@ -15,7 +15,7 @@ from gguf import GGUFValueType
 
 from .. import __version__
 from ..calibration.tokens import RANDOM_SHARE, text_tokens
-from ..errors import AaacError
+from ..errors import AaacError, warn
 from ..files import format as fmt
 from ..files.gguf import GgufFile, Metadata, Value, field_values
 from ..files.imatrix import Imatrix, read_imatrix
@@ -23,7 +23,7 @@ from ..files.layout import Layout, lay_out
 from ..models import checkpoint
 from ..quantizer.types import TENSOR_TYPES
 from ..resources import sha256
-from .plan import TensorPlan, is_searched, make_plan
+from .plan import TensorPlan, is_searched, make_plan, unknown_integers
 from .settings import CalibrationKind, MomentsKind, Settings, parse_type
 
 
@@ -87,6 +87,11 @@ class Job:
         """Return a digest of the plan's names, shapes and types."""
         return hashlib.sha256(repr([(p.name, p.shape, p.type) for p in self.plans]).encode()).hexdigest()
 
+    @property
+    def largest(self) -> dict[str, float]:
+        """Return the largest magnitude that each tensor's type can hold, for the tensors that change their type."""
+        return {p.name: TENSOR_TYPES[p.type].largest for p in self.plans if p.type != p.source_type}
+
     def scratch_bytes(self, header: GgufFile) -> int:
         """Return the disk space for temporary files: a folder's weights as GGUF, activations and gradients."""
         weights = header.n_bytes if self.source.is_dir() else 0
@@ -104,6 +109,8 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
     shows before the weights are read.
     """
     plans = make_plan(header, settings, settings.moments_kind(source))
+    if unknown := unknown_integers(header):
+        warn(f"{source}: left out, since llama.cpp knows no such tensors: {', '.join(unknown)}")
     is_calibrated = any(is_searched(p.name, p.source_type, p.type) for p in plans)
     moments = settings.moments_kind(source) if is_calibrated else "none"
     if settings.mixes and moments != "measured":

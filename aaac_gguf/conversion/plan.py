@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
+import gguf
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
@@ -91,7 +92,7 @@ def plan_rounding(name: str, source_type: T, ggml_type: T, moments: MomentsKind)
 
 @dataclass(frozen=True)
 class Override:
-    """A type for all tensors whose name the expression matches anywhere."""
+    """A type for all matrices whose name the expression matches anywhere."""
 
     pattern: re.Pattern[str]
     type: T
@@ -116,17 +117,20 @@ def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tup
     overrides = [parse_override(*texts) for texts in settings.tensor_types]
     used: set[Override] = set()
     plans = []
+    unknown = unknown_integers(source)
     for name, tensor in source.tensors.items():
+        if name in unknown:
+            continue
         if tensor.tensor_type not in (*PLAIN_TYPES, *NOT_WEIGHTS):
             kind = tensor.tensor_type.name
             raise AaacError(f"{source.path}: tensor {name} is {kind} already; start from the full-precision file")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         wanted, reason = _wanted(name, shape, tensor.tensor_type, default, embedding)
-        for override in overrides:
+        for override in overrides if is_matrix(name, shape, tensor.tensor_type) else ():
             if override.pattern.search(name):
                 used.add(override)
                 wanted, reason = override.type, f"asked for: {override.pattern.pattern}"
-        fitting = _fitting(wanted, shape[-1])
+        fitting = _fitting(wanted, shape[-1], tensor.tensor_type)
         if fitting != wanted:
             blocks = f"whole {wanted.name} blocks of {GGML_QUANT_SIZES[wanted][0]}"
             reason = f"fallback: rows of {shape[-1]} are not {blocks}"
@@ -135,19 +139,39 @@ def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tup
     for override in overrides:
         if override not in used:
             text = f"{override.pattern.pattern}={override.type.name}"
-            raise AaacError(f"`tensor_types` {text}: matches no tensor; see their names with a dry run")
+            raise AaacError(f"`tensor_types` {text}: matches no matrix; see their names with a dry run")
     # Decoder blocks in the order in which the model runs them (checkpoints may have them as 0, 1, 10, 11, 2), then the
     # rest.
     return tuple(sorted(plans, key=lambda p: block_number(p.name, 1 << 30)))
 
 
-def _fitting(wanted: T, n_per_row: int) -> T:
-    """Return the type, or the first of its fallbacks that has whole blocks in such rows."""
+def _fitting(wanted: T, n_per_row: int, source_type: T) -> T:
+    """Return the type, or the first of its fallbacks that has whole blocks in such rows.
+
+    The last one has 16 bits and holds whatever the source holds.
+    """
+    half = T.BF16 if source_type == T.F32 else source_type
     while n_per_row % GGML_QUANT_SIZES[wanted][0]:
-        fallback = TENSOR_TYPES[wanted].fallback
-        assert fallback, f"{wanted.name} has blocks and no fallback"
-        wanted = fallback
+        wanted = TENSOR_TYPES[wanted].fallback or half
     return wanted
+
+
+def unknown_integers(source: GgufFile) -> list[str]:
+    """Return the integer tensors that llama.cpp's architecture does not have. It would refuse a file that holds them."""
+    arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == source.architecture), None)
+    if arch is None:
+        return []
+    patterns = (gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch])
+    stems = "|".join(re.escape(p).replace(r"\{bid\}", r"\d+").replace(r"\{xid\}", r"\d+") for p in patterns)
+    known = re.compile(rf"({stems})(\.\w+)?")
+    integers = (name for name, t in source.tensors.items() if t.tensor_type in NOT_WEIGHTS)
+    return [name for name in integers if not known.fullmatch(name)]
+
+
+def is_matrix(name: str, shape: tuple[int, ...], source_type: T) -> bool:
+    """Return whether a tensor is a weight matrix that llama.cpp runs in any type."""
+    kept = not name.endswith(".weight") or KEPT.search(name)
+    return source_type in PLAIN_TYPES and len(shape) > 1 and not kept
 
 
 def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embedding: T) -> tuple[T, str]:
@@ -155,7 +179,7 @@ def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embed
         return source_type, "not a floating-point weight"
     if len(shape) < 2:
         return T.F32, "one dimension"
-    if not name.endswith(".weight") or KEPT.search(name):
+    if not is_matrix(name, shape, source_type):
         return (T.F32 if default == T.F32 else source_type), "never quantized"
     if name in EMBEDDINGS and default not in (*PLAIN_TYPES, T.Q8_0):
         return embedding, "embedding or output"

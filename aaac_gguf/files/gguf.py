@@ -189,6 +189,21 @@ def shard_path(path: Path, no: int, count: int) -> Path:
     return path.with_name(f"{path.name.removesuffix('.gguf')}-{no:05}-of-{count:05}.gguf")
 
 
+def is_shard(path: Path) -> bool:
+    """Return whether a path is named like one file of a split model."""
+    name = _SHARD_NAME.fullmatch(path.name)
+    return name is not None and int(name["count"]) > 1
+
+
+def shards(path: Path) -> list[Path]:
+    """Return the files of the model of which `path` is one, by their names."""
+    name = _SHARD_NAME.fullmatch(path.name)
+    if not name or not is_shard(path):
+        return [path]
+    count = int(name["count"])
+    return [shard_path(path.with_name(name["stem"]), no, count) for no in range(1, count + 1)]
+
+
 def read(path: str | os.PathLike[str]) -> GgufFile:
     """Open a GGUF file, or all shards of a split one by any of them.
 
@@ -199,13 +214,8 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
         raise AaacError(
             f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; give the path of a GGUF file"
         )
-    name = _SHARD_NAME.fullmatch(path.name)
-    count = int(name["count"]) if name else 1
-    paths = (
-        [shard_path(path.with_name(name["stem"]), no, count) for no in range(1, count + 1)]
-        if name and count > 1
-        else [path]
-    )
+    paths = shards(path)
+    count = len(paths)
     for shard in paths:
         if not shard.is_file():
             raise AaacError(f"{shard}: is missing, the model is split into {count} files; put them all into one folder")

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import AaacError
 from . import format as fmt
 from .atomic import atomic, sync_folder
-from .gguf import Metadata, TensorInfo, alignment, render_header
+from .gguf import Metadata, TensorInfo, alignment, is_shard, render_header, shards
 from .journal import Journal, Record
 from .layout import Layout
 
@@ -93,10 +93,17 @@ class Output:
         sync_folder(shards[0].path.parent)
 
 
-def check_output(out: Path) -> None:
-    """Raise AaacError unless a file can be made at `out`."""
+def check_output(out: Path, source: Path) -> None:
+    """Raise AaacError unless a file can be made at `out` that is no part of `source`, a file or a folder."""
     if out.is_dir():
         raise AaacError(f"{out}: is a directory; name a file")
+    if out.exists() and not out.is_file():
+        raise AaacError(f"{out}: is no ordinary file, and would be replaced; choose another output")
+    if is_shard(out):
+        raise AaacError(f"{out}: is named like one file of a split model; choose another name, or set `split_max_size`")
+    parts = shards(source) if source.is_file() else source.iterdir() if source.is_dir() else ()
+    if out.exists() and any(path.is_file() and path.samefile(out) for path in parts):
+        raise AaacError(f"{out}: belongs to the source, which would be lost; choose another output")
     if not out.parent.is_dir():
         raise AaacError(f"{out}: there is no directory {out.parent}; make it first")
     if not os.access(out.parent, os.W_OK):

@@ -73,8 +73,11 @@ def full_precision(source: Path, scratch: Path, header_only: bool = False) -> It
     """
     if source.is_file():
         file = read_model(source)
-        if file.get("general.type", "model") in _OTHER_FILES:
-            raise AaacError(f"{source}: is {_OTHER_FILES[file.get('general.type')]}")
+        kind = file.get("general.type", "model")
+        if kind == "model" and file.architecture == "clip":  # older writers' projector files name no type
+            kind = "mmproj"
+        if kind in _OTHER_FILES:
+            raise AaacError(f"{source}: is {_OTHER_FILES[kind]}")
         yield file
         return
     config = checkpoint.check(source)

@@ -1,8 +1,11 @@
-"""Read the weights of a full-precision GGUF as torch tensors."""
+"""Read and check the weights of a full-precision GGUF, as torch tensors."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,18 +16,33 @@ from ..files.gguf import GgufFile, TensorInfo, field_values, render_header
 from ..progress import progress
 
 
-def check_weights(file: GgufFile) -> str:
-    """Return the sha256 of metadata and weights. Raises AaacError that names the first tensor with NaN or Inf."""
-    infos = [
-        TensorInfo(name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type) for name, t in file.tensors.items()
-    ]
+def check_weights(file: GgufFile, largest: Mapping[str, float] | None = None) -> str:
+    """Return the sha256 of metadata and weights.
+
+    largest: the largest magnitude that the output can hold, by tensor. Raises AaacError that names the first tensor with
+    NaN or Inf, or with a weight beyond that.
+    """
+    infos = [TensorInfo(name, shape, file.tensors[name].tensor_type) for name, shape in file.shapes.items()]
     digest = hashlib.sha256(render_header(field_values(file.fields), infos))
     for name, tensor in progress(file.tensors.items(), desc="checking weights", unit="tensor"):
-        if tensor.tensor_type in (T.F32, T.F16, T.BF16) and not torch.isfinite(_stored(file, name)).all():
-            raise AaacError(f"{file.path}: tensor {name} holds NaN or Inf; the checkpoint is broken, download it again")
+        if tensor.tensor_type in (T.F32, T.F16, T.BF16):
+            stored = _stored(file, name)
+            if not torch.isfinite(stored).all():
+                what = "holds NaN or Inf; the checkpoint is broken, download it again"
+                raise AaacError(f"{file.path}: tensor {name} {what}")
+            check_largest(file.path, name, stored, (largest or {}).get(name, math.inf))
         digest.update(np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8).data)
         file.release()
     return digest.hexdigest()
+
+
+def check_largest(path: Path, name: str, weight: torch.Tensor, largest: float) -> None:
+    """Raise AaacError if a weight is beyond the largest magnitude that its new type can hold."""
+    if math.isfinite(largest) and (found := float(weight.abs().max())) > largest:
+        raise AaacError(
+            f"{path}: tensor {name} holds {found:.6g}, and its new type at most {largest:.6g}; "
+            "choose another `type`, or one for this tensor with `tensor_types`"
+        )
 
 
 def _stored(file: GgufFile, name: str) -> torch.Tensor:

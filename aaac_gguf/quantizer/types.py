@@ -6,6 +6,7 @@ A new type is a line in TENSOR_TYPES. If it belongs to no family here, it also n
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -187,9 +188,10 @@ class TensorType:
     type            its id in the file
     file_type       general.file_type of a file of mostly this type, which llama.cpp prints as the type of the model
     quantizer       rounds by search; None if the type is only rounded to nearest
-    fallback        the type for a tensor whose rows are not whole blocks of this one
+    fallback        the type for a tensor whose rows are not whole blocks of this one; None for that of the source
     candidate_rank  the place among the types that mixed precision chooses from, smallest first; None if it is not one
     by_importance   whether search under importance alone is better than rounding to nearest
+    largest         the largest magnitude that it can hold
     """
 
     type: T
@@ -198,28 +200,43 @@ class TensorType:
     fallback: T | None = None
     candidate_rank: int | None = None
     by_importance: bool = False
+    largest: float = math.inf
 
+
+_F16_LARGEST = float(np.finfo(np.float16).max)  # of the scale of a block, and so it bounds the weights
 
 _G16, _G32, _G128 = T["AAAC4_G16"], T["AAAC4_G32"], T["AAAC4_G128"]
 
 # In the order in which types are listed.
 # The file type of an AAAC type is its id, as in the patch's llama_ftype.
-# A fallback has a longer grid. Types between the candidates cost more error for their bytes than a mixture of these.
+# A fallback has shorter blocks, and about as many bits if there is such a type. Types between the candidates cost more error for their bytes than a mixture of these.
 # From 5 bits up, importance alone changes next to nothing. For Q4_0, rounding to nearest may choose the sign of a
 # scale, which the search does not.
 TENSOR_TYPES: dict[T, TensorType] = {
     row.type: row
     for row in (
         TensorType(T.F32, LlamaFileType.ALL_F32),
-        TensorType(T.F16, LlamaFileType.MOSTLY_F16),
-        TensorType(T.BF16, LlamaFileType.MOSTLY_BF16),
-        TensorType(T.Q8_0, LlamaFileType.MOSTLY_Q8_0, StockQuantizer(STOCK_TYPES[T.Q8_0]), T.F16, 5),
-        TensorType(T.Q6_K, LlamaFileType.MOSTLY_Q6_K, KQuantizer(KQUANTS[T.Q6_K]), T.Q8_0, 4),
-        TensorType(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S, KQuantizer(KQUANTS[T.Q5_K]), T.Q8_0, 3),
-        TensorType(T.Q4_0, LlamaFileType.MOSTLY_Q4_0, StockQuantizer(STOCK_TYPES[T.Q4_0]), T.F16),
-        TensorType(T.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL, StockQuantizer(STOCK_TYPES[T.IQ4_NL]), T.F16, None, True),
-        TensorType(_G16, fmt.G16.type_id, AaacQuantizer(fmt.G16), T.Q8_0, 2, True),
-        TensorType(_G32, fmt.G32.type_id, AaacQuantizer(fmt.G32), T.Q8_0, 1, True),
+        TensorType(T.F16, LlamaFileType.MOSTLY_F16, largest=_F16_LARGEST),
+        TensorType(T.BF16, LlamaFileType.MOSTLY_BF16, largest=float(torch.finfo(torch.bfloat16).max)),
+        TensorType(
+            T.Q8_0, LlamaFileType.MOSTLY_Q8_0, StockQuantizer(STOCK_TYPES[T.Q8_0]), None, 5, largest=127 * _F16_LARGEST
+        ),
+        TensorType(
+            T.Q6_K, LlamaFileType.MOSTLY_Q6_K, KQuantizer(KQUANTS[T.Q6_K]), T.Q8_0, 4, largest=31 * 127 * _F16_LARGEST
+        ),
+        TensorType(
+            T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S, KQuantizer(KQUANTS[T.Q5_K]), T.Q8_0, 3, largest=31 * 63 * _F16_LARGEST
+        ),
+        TensorType(T.Q4_0, LlamaFileType.MOSTLY_Q4_0, StockQuantizer(STOCK_TYPES[T.Q4_0]), largest=7 * _F16_LARGEST),
+        TensorType(
+            T.IQ4_NL,
+            LlamaFileType.MOSTLY_IQ4_NL,
+            StockQuantizer(STOCK_TYPES[T.IQ4_NL]),
+            by_importance=True,
+            largest=113 * _F16_LARGEST,
+        ),
+        TensorType(_G16, fmt.G16.type_id, AaacQuantizer(fmt.G16), T.IQ4_NL, 2, True),
+        TensorType(_G32, fmt.G32.type_id, AaacQuantizer(fmt.G32), T.IQ4_NL, 1, True),
         TensorType(_G128, fmt.G128.type_id, AaacQuantizer(fmt.G128), _G32, 0, True),
     )
 }

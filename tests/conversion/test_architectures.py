@@ -48,7 +48,7 @@ def test_the_whole_way(name, patched, tmp_path):
         n for n, t in file.tensors.items() if n.startswith("blk.") and len(t.shape) > 1 and "ffn_gate_inp" not in n
     }
     if name == "hidden size 96":
-        assert {n for n in quantized if file.tensors[n].tensor_type == T.Q8_0} == {
+        assert {n for n in quantized if file.tensors[n].tensor_type == T.IQ4_NL} == {
             n for n in quantized if "ffn_down" not in n and "attn_output" not in n
         }
     else:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import gguf
@@ -36,7 +37,7 @@ def test_a_gguf_becomes_aaac(source, tmp_path, capsys):
     assert json.loads(file.get(fmt.KEY_CALIBRATION)) == {"source": "none", "method": "aaac", "feedback": "synthetic"}
     for name in full.tensors:
         error = np.square(file[name] - full[name]).sum() / np.square(full[name]).sum()
-        assert error < 0.006, name
+        assert error < (0.0065 if name == "blk.0.attn_k.weight" else 0.006), name  # IQ4_NL, the others AAAC or finer
     assert "relative error: mean" in capsys.readouterr().out
 
 
@@ -65,7 +66,10 @@ def test_importance_moves_the_error(source, tmp_path, capsys):
         tmp_path / "i.gguf", Imatrix({"blk.0.attn_q.weight": Entry(sums, np.ones(1, dtype=np.float32))}, ["x"], 1, 1)
     )
     assert convert(source, tmp_path / "with.gguf", "--imatrix", tmp_path / "i.gguf") == 0
-    assert "reached 40.00 % of the weights; not reached: blk.0.ffn_down.weight" in capsys.readouterr().out
+    assert (
+        "reached 39.26 % of the weights; not reached: blk.0.ffn_down.weight, blk.0.attn_k.weight"
+        in capsys.readouterr().out
+    )
     assert convert(source, tmp_path / "without.gguf") == 0
     full = gguf_io.read(source)["blk.0.attn_q.weight"]
     errors = [
@@ -222,7 +226,9 @@ def test_a_gguf_of_an_architecture_that_transformers_does_not_read(tmp_path, cap
     source = write_source(
         tmp_path / "source.gguf", {"blk.0.ffn_down.weight": rng.normal(size=(128, 192)).astype(np.float32)}, "rwkv6"
     )
-    monkeypatch.setattr("aaac_gguf.conversion.convert.check_weights", lambda file: pytest.fail("the weights are read"))
+    monkeypatch.setattr(
+        "aaac_gguf.conversion.convert.check_weights", lambda file, largest: pytest.fail("the weights are read")
+    )
     assert convert(source, tmp_path / "out.gguf", "--calib", "self") == 2
     assert f"{source}: transformers cannot load it (" in capsys.readouterr().err
 
@@ -242,7 +248,7 @@ def test_unknown_architecture_fails_before_the_weights_are_read(tmp_path, capsys
         (["--calib", "none", "--imatrix", "x"], "--calib and --imatrix: give one of them"),
         (["--imatrix", "/nonexistent"], "--imatrix /nonexistent: no such file"),
         (["--type", "Q9"], "--type Q9: unknown type"),
-        (["--tensor-type", "zzz=F16"], "matches no tensor"),
+        (["--tensor-type", "zzz=F16"], "matches no matrix"),
         pytest.param(
             ["--device", "cuda"],
             "no CUDA device here",
@@ -254,6 +260,80 @@ def test_bad_flags(source, tmp_path, capsys, args, words):
     assert convert(source, tmp_path / "out.gguf", *args) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        (["--type", "F16"], "tensor blk.0.attn_k.weight holds 99840, and its new type at most 65504"),
+        (["--tensor-type", "attn_q=Q4_0", "--embedding-type", "BF16"], ""),
+        ([], ""),
+    ],
+)
+def test_a_weight_beyond_float16(tmp_path, rng, refused, recwarn, flag, words):
+    """It is an error for a type that cannot hold it, and exact enough in one that can. Nothing becomes infinite."""
+    weights = rng.normal(size=(8, 208)).astype(np.float32)
+    weights[3, 7] = 99840  # a number of bfloat16
+    tensors = {
+        "token_embd.weight": weights[:3],
+        "blk.0.attn_k.weight": weights,
+        "blk.0.attn_q.weight": weights[:, :192],
+    }
+    source = write_source(tmp_path / "source.gguf", tensors, bfloat16=True)
+    if words:
+        assert words in refused("convert", source, "-o", tmp_path / "out.gguf", *flag)
+        assert [p.name for p in tmp_path.iterdir()] == ["source.gguf"]
+    else:
+        assert convert(source, tmp_path / "out.gguf", *flag) == 0
+        file = gguf_io.read(tmp_path / "out.gguf")
+        for name in tensors:
+            assert np.isfinite(file[name]).all()
+        assert file["blk.0.attn_k.weight"][3, 7] == pytest.approx(99840, rel=0.01)
+        assert "holds 99840" in refused(
+            "dequantize", tmp_path / "out.gguf", "-o", tmp_path / "full.gguf", "--type", "F16"
+        )
+        assert not (tmp_path / "full.gguf").exists()
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_outputs_that_are_not_replaced(source, tmp_path, refused):
+    """The source, a file of a folder that is the source, a device node, and a name that split output makes."""
+    assert "belongs to the source" in refused("convert", source, "-o", source)
+    assert "belongs to the source" in refused("dequantize", source, "-o", source)
+    link = tmp_path / "link.gguf"
+    link.hardlink_to(source)
+    assert "belongs to the source" in refused("convert", source, "-o", link)
+    model = folder(tmp_path)
+    assert "belongs to the source" in refused("convert", model, "-o", model / "model.safetensors")
+    os.mknod(tmp_path / "node", stat.S_IFIFO | 0o600)
+    assert "is no ordinary file" in refused("convert", source, "-o", tmp_path / "node")
+    assert (tmp_path / "node").is_fifo()
+    name = tmp_path / "out-00001-of-00003.gguf"
+    assert "is named like one file of a split model" in refused("convert", source, "-o", name)
+
+
+def test_integer_tensors_that_llama_cpp_does_not_know(tmp_path, rng, capsys):
+    """They are left out with a word: llama.cpp refuses a file with tensors that it does not ask for."""
+    weight = rng.normal(size=(64, 256)).astype(np.float32)
+    integers = {
+        "blk.0.attn_mystery.weight": np.ones((4, 4), np.int32),
+        "blk.0.ffn_gate_tid2eid.weight": np.ones((4, 4), np.int32),
+    }
+    source = write_source(tmp_path / "source.gguf", {"blk.0.attn_q.weight": weight, **integers})
+    assert convert(source, tmp_path / "out.gguf") == 0
+    warning = capsys.readouterr().err
+    assert "warning: " in warning
+    assert (
+        "left out, since llama.cpp knows no such tensors: blk.0.attn_mystery.weight, blk.0.ffn_gate_tid2eid.weight"
+        in warning
+    )
+    assert list(gguf_io.read(tmp_path / "out.gguf").tensors) == ["blk.0.attn_q.weight"]
+    deepseek = write_source(
+        tmp_path / "deepseek.gguf", {"blk.0.attn_q.weight": weight, "rope_freqs.weight": np.ones(4, np.int32)}
+    )
+    assert convert(deepseek, tmp_path / "out.gguf") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert "rope_freqs.weight" in gguf_io.read(tmp_path / "out.gguf").tensors
 
 
 @pytest.mark.parametrize("out", ["no/such/folder/out.gguf", "."])

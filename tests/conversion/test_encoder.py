@@ -114,4 +114,4 @@ def test_without_moments_importance_decides(file, run):
     made = run(moments)
     assert made[DOWN][1].rounding == Rounding.IMPORTANCE
     np.testing.assert_array_equal(made[DOWN][0], quantize(load_weight(file, DOWN, "cpu"), T["AAAC4_G16"]).data)
-    assert made["blk.0.attn_k.weight"][1].rounding == Rounding.NEAREST  # Q8_0, its fallback type
+    assert made["blk.0.attn_k.weight"][1].rounding == Rounding.IMPORTANCE  # IQ4_NL, its fallback type

@@ -1,6 +1,8 @@
 """Types by tensor: defaults, fallbacks, overrides, refusals."""
 
+import numpy as np
 import pytest
+from conftest import write_source
 
 from aaac_gguf.conversion.plan import Rounding, make_plan
 from aaac_gguf.conversion.settings import Settings
@@ -20,7 +22,7 @@ def test_defaults_and_fallback(source):
         "blk.0.attn_norm.weight": "F32",
         "blk.0.attn_q.weight": "AAAC4_G16",
         "blk.0.ffn_down.weight": "AAAC4_G16",
-        "blk.0.attn_k.weight": "Q8_0",
+        "blk.0.attn_k.weight": "IQ4_NL",
     }
     assert reasons["blk.0.attn_k.weight"] == "fallback: rows of 96 are not whole AAAC4_G16 blocks of 64"
 
@@ -29,7 +31,25 @@ def test_g128_falls_back_to_g32_where_64_divides(source):
     names, _ = types(source, "AAAC4_G128")
     assert names["blk.0.attn_q.weight"] == "AAAC4_G128"
     assert names["blk.0.ffn_down.weight"] == "AAAC4_G32"
-    assert names["blk.0.attn_k.weight"] == "Q8_0"
+    assert names["blk.0.attn_k.weight"] == "IQ4_NL"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_per_row", "expected"),
+    [
+        ("F32", 96, "IQ4_NL"), ("BF16", 96, "IQ4_NL"),
+        ("F32", 208, "BF16"), ("BF16", 208, "BF16"), ("F16", 208, "F16"),
+    ],
+)  # fmt: skip
+def test_the_last_fallback_holds_what_the_source_holds(tmp_path, dtype, n_per_row, expected):
+    """Rows of whole blocks of 32 stay at 4.5 bits. Others get 16 bits that reach as far as the source's."""
+    weight = np.full((8, n_per_row), 1.0, np.float16 if dtype == "F16" else np.float32)
+    source = write_source(tmp_path / "source.gguf", {"blk.0.attn_q.weight": weight}, bfloat16=dtype == "BF16")
+    for name in ("AAAC4_G16", "AAAC4_G128", "Q4_0"):
+        names, reasons = types(source, name)
+        wanted = name if name == "Q4_0" and n_per_row == 96 else expected
+        assert names == {"blk.0.attn_q.weight": wanted}
+        assert reasons["blk.0.attn_q.weight"].startswith("fallback: ") == (wanted != name)
 
 
 def test_full_precision_types_take_embeddings_along(source):
@@ -47,7 +67,8 @@ def test_the_last_match_wins(source):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        (("nothing", "Q8_0"), "`tensor_types` nothing=Q8_0: matches no tensor"),
+        (("nothing", "Q8_0"), "`tensor_types` nothing=Q8_0: matches no matrix"),
+        (("norm", "Q8_0"), "`tensor_types` norm=Q8_0: matches no matrix"),
         (("attn_q", "Q3_K"), "`tensor_types` Q3_K: unknown type; choose from"),
         (("attn_(", "Q8_0"), r"`tensor_types` attn_\(: bad regular expression"),
     ],
@@ -55,6 +76,14 @@ def test_the_last_match_wins(source):
 def test_bad_overrides(source, override, words):
     with pytest.raises(AaacError, match=words):
         types(source, overrides=[override])
+
+
+@pytest.mark.parametrize("pattern", [r"blk\.0\.", "attn", "."])
+def test_an_override_reaches_matrices_only(source, pattern):
+    """The natural patterns match norms as well, which llama.cpp runs in float32 only."""
+    names, _ = types(source, overrides=[(pattern, "AAAC4_G32")])
+    assert names["blk.0.attn_norm.weight"] == "F32"
+    assert names["blk.0.attn_q.weight"] == "AAAC4_G32"
 
 
 @pytest.mark.parametrize("text", ["attn_q", "=Q8_0"])
