@@ -1,6 +1,4 @@
-"""Second moments without a model: what goes through the blocks, which block it is by its tensors' names, and what it is worth."""
-
-import json
+"""Second moments without a model: the walk through the blocks by their tensors' names, and what it is worth."""
 
 import numpy as np
 import pytest
@@ -12,15 +10,9 @@ from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.calibration.synthetic import ATTENDED, N_TOKENS, SHRINKAGE, SyntheticMoments
-from aaac_gguf.conversion import convert
-from aaac_gguf.conversion.calibrate import Calibration
-from aaac_gguf.conversion.encoder import encode
-from aaac_gguf.conversion.job import prepare
-from aaac_gguf.conversion.plan import Rounding
-from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
-from aaac_gguf.files.imatrix import Entry, Imatrix, write_imatrix
+from aaac_gguf.files.imatrix import Entry, Imatrix
 from aaac_gguf.models import checkpoint
 from aaac_gguf.models.rows import RowMap
 from aaac_gguf.models.weights import load_weight
@@ -29,15 +21,23 @@ from aaac_gguf.quantizer.quantize import quantize
 
 D, HEAD, FF, VOCAB = 32, 8, 48, 100
 SETTINGS = {"attention.head_count": 4, "attention.head_count_kv": 2}
-FIRST = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
 
 @pytest.fixture
 def tensors(rng):
     """Two blocks with two heads in each of two groups."""
-    shapes = {"attn_norm": (D,), "attn_q": (D, D), "attn_k": (2 * HEAD, D), "attn_v": (2 * HEAD, D), "attn_output": (D, D),
-              "ffn_norm": (D,), "ffn_gate": (FF, D), "ffn_up": (FF, D), "ffn_down": (D, FF)}  # fmt: skip
-    values = {f"blk.{i}.{stem}.weight": rng.normal(size=shapes[stem]) for i in (0, 1) for stem in FIRST}
+    shapes = {
+        "attn_norm": (D,),
+        "attn_q": (D, D),
+        "attn_k": (2 * HEAD, D),
+        "attn_v": (2 * HEAD, D),
+        "attn_output": (D, D),
+        "ffn_norm": (D,),
+        "ffn_gate": (FF, D),
+        "ffn_up": (FF, D),
+        "ffn_down": (D, FF),
+    }
+    values = {f"blk.{i}.{stem}.weight": rng.normal(size=shape) for i in (0, 1) for stem, shape in shapes.items()}
     values |= {
         "token_embd.weight": rng.normal(size=(VOCAB, D)),
         "output_norm.weight": rng.normal(size=D),
@@ -48,7 +48,7 @@ def tensors(rng):
 
 @pytest.fixture
 def synthetic(tensors, tmp_path):
-    """synthetic(imatrix, architecture, settings): the moments of the model as `tensors` has it now."""
+    """A function of an imatrix, an architecture and settings: the moments of the model as `tensors` has it now."""
     number = iter(range(100))
 
     def make(imatrix=None, architecture="llama", **settings):
@@ -63,10 +63,10 @@ def rms(x):
 
 
 def moments_of(x):
-    """Of float32 [n, K], any n: its rows stand for all tokens."""
+    """Return the moments of inputs x float32 [n, K]; its rows stand for all tokens."""
     h = x.T @ x / len(x)
-    believed = (1 - SHRINKAGE) * N_TOKENS / (N_TOKENS + len(h))
-    return torch.where(torch.eye(len(h), dtype=torch.bool), h, believed * h)
+    shrunk = (1 - SHRINKAGE) * N_TOKENS / (N_TOKENS + len(h)) * h
+    return torch.where(torch.eye(len(h), dtype=torch.bool), h, shrunk)
 
 
 def drawn_embeddings(tensors):
@@ -79,7 +79,7 @@ def weight(tensors, name):
 
 
 def test_a_block_without_attention_by_hand(tensors, synthetic):
-    """An output projection of zeros leaves the embeddings to the feed-forward network, whose outputs the next block gets on top."""
+    """An output projection of zeros leaves the embeddings to the feed-forward network. The next block gets both."""
     tensors["blk.0.attn_output.weight"][:] = 0
     found = synthetic()
     x = drawn_embeddings(tensors)
@@ -113,7 +113,7 @@ def test_heads_mix_the_values_of_their_group(tensors, synthetic):
 
 
 def test_heads_attend_to_different_tokens(tensors, synthetic):
-    """So the heads of a group agree as little as two tokens do, and a head's square is that of a few tokens' mean, not of one."""
+    """The heads of a group agree as little as two tokens do. A head's square is that of a mean of a few tokens."""
     tensors["token_embd.weight"] -= tensors["token_embd.weight"].mean(0)
     h = synthetic().moments("blk.0.attn_output.weight").inputs
     x = rms(drawn_embeddings(tensors)) * weight(tensors, "blk.0.attn_norm.weight")
@@ -141,7 +141,7 @@ def test_channels_have_the_importance_that_is_known(tensors, synthetic, rng):
     found = synthetic(imatrix)
     for name in names:
         torch.testing.assert_close(found.moments(name).inputs.diagonal(), torch.from_numpy(entries[name].importance()))
-    # It counts for what comes behind as well.
+    # It counts for what comes after as well.
     blind = synthetic()
     a, b = (
         s.moments("blk.1.ffn_down.weight").inputs
@@ -183,7 +183,7 @@ def test_without_a_second_norm_both_halves_of_a_block_get_the_same(tensors, synt
         torch.testing.assert_close(q, up)
 
 
-def test_norms_behind_the_halves_of_a_block(tensors, synthetic, rng):
+def test_norms_after_the_halves_of_a_block(tensors, synthetic, rng):
     """Outputs are as large as their norms say, however large the matrices."""
     for i in (0, 1):
         for stem in ("post_attention_norm", "post_ffw_norm"):
@@ -215,21 +215,25 @@ def test_layer_norm_and_biases(tensors, synthetic, rng):
 
 
 def test_scales_of_architectures(tensors, synthetic):
-    """What the embeddings and the blocks' outputs are multiplied with decides which of them the second block sees."""
+    """Factors of the embeddings and of the blocks' outputs decide which of the two the second block sees."""
 
     def second(**given):
         return synthetic(**given).moments("blk.1.attn_q.weight").inputs
 
     embeddings = moments_of(rms(drawn_embeddings(tensors)) * weight(tensors, "blk.1.attn_norm.weight"))
-    apart = {name: (h - embeddings).norm() / embeddings.norm() for name, h in {
-        "plain": second(), "gemma": second(architecture="gemma2"), "large": second(embedding_scale=1e4), "quiet": second(residual_scale=1e-4),
-    }.items()}  # fmt: skip
+    found = {
+        "plain": second(),
+        "gemma": second(architecture="gemma2"),
+        "large": second(embedding_scale=1e4),
+        "quiet": second(residual_scale=1e-4),
+    }
+    apart = {name: (h - embeddings).norm() / embeddings.norm() for name, h in found.items()}
     assert apart["plain"] > 0.3
     assert apart["gemma"] < apart["plain"]
     assert max(apart["large"], apart["quiet"]) < 0.03
 
 
-def test_nothing_is_said_of_what_is_unknown(tensors, synthetic, rng):
+def test_unknown_parts_of_a_block_have_no_moments(tensors, synthetic, rng):
     tensors["blk.0.ffn_down_exps.weight"] = rng.normal(size=(3, D, FF)).astype(np.float32)
     tensors["blk.0.ssm_in.weight"] = rng.normal(size=(2 * D, D)).astype(np.float32)
     for stem in ("attn_q", "attn_k", "attn_v"):
@@ -296,25 +300,8 @@ def test_the_seed_decides(tensors, tmp_path):
     assert not torch.equal(first, other)
 
 
-def test_encoder_asks_for_what_is_not_measured(tensors, tmp_path):
-    name = "blk.0.attn_q.weight"
-    tensors[name] = np.tile(tensors[name], (1, 8))  # rows of whole blocks
-    tensors = {"token_embd.weight": np.tile(tensors["token_embd.weight"], (1, 8)), name: tensors[name]}
-    file = gguf_io.read(write_source(tmp_path / "model.gguf", tensors))
-    job = prepare(tmp_path / "model.gguf", file, Settings())
-    plan = next(p for p in job.plans if p.name == name)
-    assert plan.rounding == Rounding.FEEDBACK
-    calibration = Calibration(Imatrix({}), synthetic=SyntheticMoments(file, Imatrix({})))
-    data, record = encode(plan, job, file, calibration)
-    assert record.rounding == Rounding.FEEDBACK
-    hessian = SyntheticMoments(file, Imatrix({})).moments(name).inputs
-    expected = quantize(load_weight(file, name, "cpu"), T["AAAC4_G16"], None, hessian)
-    np.testing.assert_array_equal(data, expected.data)
-    assert record.damping > 0
-
-
-def test_worth_on_the_bundled_model(demo_full, tmp_path):
-    """By what the model's own products see of a text, with an importance matrix of the same text."""
+def test_synthetic_moments_reduce_the_error_on_the_bundled_model(demo_full):
+    """By the inputs that the model's own products have on a text, with an importance matrix of the same text."""
     model = checkpoint.load_model(resources.MODEL)
     tokens, _ = tokens_module.text_tokens(resources.MODEL, resources.SAMPLE_TEXT, 8, 128)
     sums: dict[str, torch.Tensor] = {}
@@ -345,20 +332,3 @@ def test_worth_on_the_bundled_model(demo_full, tmp_path):
     assert len(ratios) == 28
     assert max(ratios.values()) < 1, ratios
     assert np.exp(np.log(list(ratios.values())).mean()) < 0.75, ratios
-
-
-def test_what_the_file_says(demo_gguf, tmp_path):
-    """A GGUF with an importance matrix, with nothing at all, and without feedback."""
-    model = checkpoint.load_model(resources.MODEL)
-    tokens, _ = tokens_module.text_tokens(resources.MODEL, resources.SAMPLE_TEXT, 1, 64)
-    full = gguf_io.read(demo_gguf)
-    write_imatrix(
-        tmp_path / "imatrix.gguf", calibrate.importance(model, tokens, full.architecture, full.tensors, "text")
-    )
-    with_imatrix = {"imatrix": tmp_path / "imatrix.gguf"}
-    for feedback, given, expected in (
-        (True, with_imatrix, "synthetic"), (True, {"calibration": "none"}, "synthetic"), (False, with_imatrix, "none"),
-    ):  # fmt: skip
-        made = convert.convert(demo_gguf, tmp_path / "out.gguf", Settings(**given, feedback=feedback))
-        assert json.loads(gguf_io.read(tmp_path / "out.gguf").get(fmt.KEY_CALIBRATION))["feedback"] == expected
-        assert made.damped == []

@@ -132,3 +132,21 @@ def test_llama_imatrix_sees_what_transformers_sees(patched, demo_full, tmp_path,
     for name, e in theirs.entries.items():
         expected, got = e.importance(), ours.entries[name].importance()
         assert np.abs(got - expected).sum() < 0.02 * expected.sum(), name
+
+
+def test_an_unreached_expert_weighs_as_much_as_the_others_on_average():
+    """Not 1 in the units of the activations: the experts of a tensor share its codebooks."""
+    sums = np.array([[400, 200], [0, 0], [600, 1200]], dtype=np.float32)
+    np.testing.assert_array_equal(
+        Entry(sums, np.array([2, 0, 3], dtype=np.float32)).importance(), [[200, 100], [225, 225], [200, 400]]
+    )
+    np.testing.assert_array_equal(Entry(sums * 0, np.zeros(3, dtype=np.float32)).importance(), np.ones((3, 2)))
+
+
+def test_coverage_is_by_weights():
+    def ones(*counts):
+        return Entry(np.ones((len(counts), 2), dtype=np.float32), np.array(counts, dtype=np.float32))
+
+    imatrix = Imatrix({"a": ones(4), "e": ones(1, 0, 5, 0), "none": ones(0, 0), "other": ones(1)})
+    expected = Coverage((100 + 20) / 200, ["e (experts 1, 3)", "none", "absent"])
+    assert imatrix.coverage({"a": 100, "e": 40, "none": 50, "absent": 10}) == expected

@@ -1,4 +1,7 @@
-"""What a conversion starts from: folders with shards, split GGUFs, quantized checkpoints, names on the Hub, and files that are no model."""
+"""Sources of a conversion: folders with shards, split GGUFs, quantized checkpoints, models on the Hub.
+
+And files that are no model.
+"""
 
 import json
 import shutil
@@ -33,7 +36,7 @@ def demo_folder(tmp_path: Path, **config) -> Path:
 
 
 def save_sharded(folder: Path, tensors: dict[str, torch.Tensor], n: int) -> None:
-    """The weights in `n` files with an index, as transformers writes a large model."""
+    """Write the weights in `n` files with an index, as transformers does for a large model."""
     (folder / "model.safetensors").unlink(missing_ok=True)
     names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     weight_map = {name: names[i % n] for i, name in enumerate(sorted(tensors))}
@@ -83,7 +86,7 @@ def test_a_split_gguf_by_any_of_its_files(source, tmp_path, capsys):
 
 
 def to_fp8(folder: Path, block: int = 128) -> dict[str, torch.Tensor]:
-    """Turn the folder's matrices into FP8 with a scale per block, as DeepSeek and Qwen publish; returns what they decode to."""
+    """Turn the folder's matrices into FP8 with a scale per block, as DeepSeek and Qwen publish. Return them decoded."""
     stored, decoded = {}, {}
     for name, w in load_file(folder / "model.safetensors").items():
         if "proj" not in name:
@@ -130,11 +133,17 @@ def test_a_quantization_that_the_converter_refuses(llama_source, tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("mmproj", "a vision or audio projector, which AAAC leaves as it is"), ("adapter", "a LoRA adapter")],
+    [
+        ("mmproj", "a vision or audio projector, which AAAC leaves as it is"),
+        ("", "a vision or audio projector, which AAAC leaves as it is"),  # an older writer's
+        ("model", "a vision or audio projector, which AAAC leaves as it is"),
+        ("adapter", "a LoRA adapter"),
+    ],
 )
 def test_files_that_are_no_language_model(tmp_path, capsys, kind, words):
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "clip")
-    writer.add_type(kind)
+    if kind:
+        writer.add_type(kind)
     writer.add_tensor("v.patch_embd.weight", np.ones((64, 64), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -184,10 +193,9 @@ def test_a_name_on_the_hub_is_taken_from_its_cache(offline, hub_cache):
 
 def test_offline_and_not_in_the_cache(offline, hub_cache, tmp_path, capsys):
     assert convert("someone/other", tmp_path / "out.gguf") == 2
-    assert (
-        "someone/other: no such local path, the Hugging Face cache does not hold all of it, and the Hub cannot be reached"
-        in capsys.readouterr().err
-    )
+    err = capsys.readouterr().err
+    words = "the Hugging Face cache does not hold all of it, and the Hub cannot be reached"
+    assert f"someone/other: no such local path, {words}" in err
     (hub_cache / "models--someone--small" / "snapshots" / COMMIT / "model.safetensors").unlink()
     assert convert("someone/small", tmp_path / "out.gguf") == 2
     assert "has no *.safetensors files" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Mixtures of experts: what each expert saw counts for it alone, and those that saw nothing are named and still rounded well."""
+"""Mixtures of experts: each expert's inputs count for it alone; one without any is named and still rounded well."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.conversion import convert
 from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import gguf as gguf_io
-from aaac_gguf.files.imatrix import Coverage, Entry, Imatrix, write_imatrix
+from aaac_gguf.files.imatrix import write_imatrix
 from aaac_gguf.models import checkpoint
 from aaac_gguf.models.source import full_precision
 from aaac_gguf.reporting import conversions
@@ -23,7 +23,7 @@ PROJECTIONS = ("ffn_gate_exps", "ffn_down_exps", "ffn_up_exps")
 
 
 def routed(source, tokens) -> list[np.ndarray]:
-    """How many of the tokens each expert got, by layer: from the router's own logits."""
+    """Return how many of the tokens each expert got, by layer, from the router's own logits."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, experts_implementation="eager"
     )
@@ -89,19 +89,3 @@ def test_feedback_where_some_experts_saw_nothing(llama_source, tmp_path):
         for name in file.codecs:
             before = full[name]
             assert np.square(file[name] - before).sum() < 0.05 * np.square(before).sum()
-
-
-def test_an_unreached_expert_weighs_as_much_as_the_others_on_average():
-    """Not 1 in the units of the activations: the experts of a tensor share its codebooks."""
-    sums = np.array([[400, 200], [0, 0], [600, 1200]], dtype=np.float32)
-    np.testing.assert_array_equal(
-        Entry(sums, np.array([2, 0, 3], dtype=np.float32)).importance(), [[200, 100], [225, 225], [200, 400]]
-    )
-    np.testing.assert_array_equal(Entry(sums * 0, np.zeros(3, dtype=np.float32)).importance(), np.ones((3, 2)))
-
-
-def test_coverage_is_by_weights():
-    ones = lambda *counts: Entry(np.ones((len(counts), 2), dtype=np.float32), np.array(counts, dtype=np.float32))  # noqa: E731
-    imatrix = Imatrix({"a": ones(4), "e": ones(1, 0, 5, 0), "none": ones(0, 0), "other": ones(1)})
-    expected = Coverage((100 + 20) / 200, ["e (experts 1, 3)", "none", "absent"])
-    assert imatrix.coverage({"a": 100, "e": 40, "none": 50, "absent": 10}) == expected
