@@ -26,8 +26,15 @@ from aaac_gguf.resources import shipped
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that needs llama.cpp's source or its build as `llama`."""
+    for item in items:
+        if {"llama_source", "patched"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("llama")
+
+
 def random_codec(rng: np.random.Generator, m: int = 3) -> fmt.Codec:
-    """Two asymmetric codebooks and a scale base."""
+    """Return two asymmetric codebooks and a scale base."""
     books = np.stack([np.sort(rng.choice(np.arange(-127, 128), 16, replace=False)) for _ in range(2)])
     return fmt.Codec(books.astype(np.int8), float(np.float32(rng.uniform(1e-4, 1e-2))), m)
 
@@ -75,7 +82,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def source(tmp_path: Path, rng: np.random.Generator) -> Path:
-    """Two matrices, an embedding, a norm, and a matrix whose rows fit no block of 64."""
+    """Return a GGUF of two matrices, an embedding, a norm, and a matrix whose rows fit no block of 64."""
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     return write_source(
         tmp_path / "source.gguf",
@@ -91,7 +98,7 @@ def source(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 @pytest.fixture(scope="session")
 def llama_source() -> Path:
-    """The patched llama.cpp source, fetched if it is not in the cache."""
+    """Return the patched llama.cpp source, fetched if it is not in the cache."""
     try:
         return llama.fetch()
     except AaacError as e:
@@ -100,7 +107,7 @@ def llama_source() -> Path:
 
 @pytest.fixture(scope="session")
 def patched() -> Path:
-    """The folder of the patched llama.cpp's binaries."""
+    """Return the folder of the patched llama.cpp's binaries."""
     if not llama.is_built():
         pytest.skip("patched llama.cpp is not built; run `aaac-gguf llama build`")
     return llama.build()
@@ -108,7 +115,7 @@ def patched() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_full(llama_source: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The bundled model as a full-precision GGUF, open."""
+    """Return the bundled model as a full-precision GGUF, open."""
     with full_precision(resources.MODEL, tmp_path_factory.mktemp("full")) as file:
         yield file
 
@@ -119,7 +126,7 @@ def demo_gguf(demo_full: GgufFile) -> Path:
 
 
 def host_library(source: str, folder: Path) -> ctypes.CDLL:
-    """A C++ file of the tests that includes CUDA kernels, compiled for the host in `folder`."""
+    """Compile a C++ file of tests/emulation, which includes CUDA kernels, for the host in `folder`."""
     if not shutil.which("g++"):
         pytest.skip("g++ is not installed")
     library = folder / "libhost.so"
@@ -130,7 +137,7 @@ def host_library(source: str, folder: Path) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CUDA kernels on the host, behind the functions of cuda_host.cpp."""
+    """Return the CUDA kernels on the host, behind the functions of cuda_host.cpp."""
     lib = host_library("cuda_host.cpp", tmp_path_factory.mktemp("cuda"))
     lib.q8_stride.restype = lib.q8_place.restype = ctypes.c_int64
     lib.q8_stride.argtypes = lib.q8_place.argtypes = [ctypes.c_int64]
@@ -140,7 +147,7 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def refused(capsys):
-    """refused(*args): the line that a verb refuses bad input with; status 2 and no second line."""
+    """Return a function of a verb's arguments: the one line that refuses bad input, with status 2."""
 
     def run(*args) -> str:
         assert cli.main([str(arg) for arg in args]) == 2

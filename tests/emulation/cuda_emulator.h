@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the host, one block at a time, every thread a fiber: enough of the language for cuda_kernels/, and no more.
-// Warp operations and barriers switch fibers, so that indexing, shared memory and the exchange between threads are tested for real; timing,
-// memory coalescing and races that need true parallelism are not.
+// Run CUDA kernels on the host, one block at a time, every thread a fiber: as much of the language as cuda_kernels/ uses.
+// Warp operations and barriers switch fibers. So indexing, shared memory and the exchange between threads are tested.
+// Time, memory coalescing and races that need true parallelism are not.
 
 #pragma once
 

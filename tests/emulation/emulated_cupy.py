@@ -1,4 +1,4 @@
-"""As much of CuPy as kernels.py, test_gpu.py and benchmarks/gpu.py use, in NumPy, for tests without a GPU."""
+"""Pretend to be CuPy, in NumPy: as much as kernels.py, test_gpu.py and benchmarks/gpu.py use."""
 
 import ctypes
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-// The kernels of search.cu behind C functions, for test_gpu_search.py to launch as CuPy would.
+// The kernels of search.cu behind C functions, for tests/quantizer/test_cuda.py to launch as CuPy would.
 
 #include "cuda_emulator.h"
 

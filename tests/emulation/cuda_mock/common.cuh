@@ -1,4 +1,4 @@
-// Stands in for ggml-cuda's common.cuh where tests/cuda_backend_host.cpp runs the patch's CUDA files on the host: what they use of it, no more.
+// Stands in for ggml-cuda's common.cuh if cuda_backend_host.cpp runs the patch's CUDA files on the host: what they use of it, no more.
 
 #pragma once
 
