@@ -1,4 +1,4 @@
-"""Every kernel through nvcc for every architecture that README names, what it costs in registers, and the patch's CUDA files inside ggml's tree."""
+"""Compile every kernel with nvcc for the architectures that README names, and the patch's CUDA files inside ggml's tree."""
 
 import ctypes
 import ctypes.util
@@ -118,14 +118,13 @@ def test_nvrtc_compiles_what_cupy_will_ask_for():
 @pytest.mark.llama
 @pytest.mark.parametrize("file", ["aaac.cu", "aaac-decode.cu"])
 def test_the_patch_compiles_inside_ggml(file, llama_source, tmp_path):
-    """Our files of the CUDA backend with ggml's headers and flags, for one architecture."""
+    """Compile our files of the CUDA backend with ggml's headers and flags, for one architecture."""
     ggml = llama_source / "ggml"
     probe = tmp_path / "probe.cu"
     probe.write_text("#include <cublas_v2.h>\n")
     if shutil.which("nvcc") and subprocess.run(["nvcc", "-E", probe], capture_output=True).returncode:
-        pytest.skip(
-            "cuBLAS' headers are not installed, and ggml's CUDA backend includes them (NVCC_APPEND_FLAGS can add a folder)"
-        )
+        needs = "ggml's CUDA backend includes cuBLAS' headers"
+        pytest.skip(f"{needs}, which are not installed (NVCC_APPEND_FLAGS can add a folder)")
     folders = [
         shipped("patches") / "new/ggml/src/ggml-cuda",
         ggml / "src/ggml-cuda",

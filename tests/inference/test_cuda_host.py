@@ -1,12 +1,13 @@
-"""The CUDA kernels without a GPU: their device functions and whole kernels run on the host, one fiber per thread, against the numpy oracle.
+"""Run the CUDA kernels on the host, one fiber per thread, and compare them with the NumPy oracle.
 
-Decoding must match to the bit. Products are compared with float64 on the activations that the kernel saw (quantized ones where it quantizes):
+Decoding must match to the bit. Products are compared with float64 on the activations that the kernel multiplied with,
+which may be quantized:
 
-* matvec: the integer dot of 16 weights is exact; a term f * scale * dot is rounded 3 times, the sum of K / 16 terms at most K / 16 times, and
-  the factor d comes at the end: |error| <= (K / 16 + 5) * 2^-24 * sum |w x|.
+* matvec: the integer dot of 16 weights is exact. A term f * scale * dot is rounded 3 times, the sum of K / 16 terms at
+  most K / 16 times, and the factor d comes at the end: |error| <= (K / 16 + 5) * 2^-24 * sum |w x|.
 * matvec with float activations: K products and sums instead: (K + 5) * 2^-24 * sum |w x|.
-* matmul: weights and float32 activations are rounded to 16 bits, a relative 2^-11 each (2^-8 for bfloat16), and sums are in float32.
-  Below the smallest normal float16 the rounding of a weight or activation is absolute, 2^-25.
+* matmul: weights and float32 activations are rounded to 16 bits, a relative 2^-11 each (2^-8 for bfloat16). Sums are
+  in float32. Below the smallest normal float16 the rounding of a weight or activation is absolute, 2^-25.
 """
 
 import ctypes

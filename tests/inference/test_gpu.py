@@ -1,7 +1,7 @@
-"""The CUDA kernels on a GPU against the oracle: bit for bit where they decode, within the bounds of test_cuda_host.py where they multiply.
+"""Run the CUDA kernels on a GPU: decoding equals the oracle's to the bit, products are in test_cuda_host.py's bounds.
 
-Needs CuPy and an NVIDIA GPU; torch's part needs torch with CUDA; llama.cpp's part needs AAAC_CUDA_BIN, the folder that
-`aaac-gguf llama build --backend cuda` prints. Each says what is missing when it skips.
+Needs CuPy and an NVIDIA GPU. torch's part needs torch with CUDA. llama.cpp's part needs AAAC_CUDA_BIN, the folder that
+`aaac-gguf llama build --backend cuda` prints. A test that skips says what is missing.
 """
 
 import functools
@@ -96,7 +96,8 @@ def test_matvec(cp, qtype, n_rows, k, n):
     x = cp.random.default_rng(n).standard_normal((n, k), dtype=cp.float32)
     poison(cp, n, n_rows)
     y = kernels.matvec(qtype, blocks, params, x)
-    # the activations that the kernel saw: it keeps integers by unit, 16 that meet low nibbles and 16 that meet high ones, in table order
+    # The activations that the kernel multiplies with. It keeps integers by unit: 16 that meet low nibbles, 16 that meet
+    # high ones, each in the order of the table.
     q8 = kernels.quantize_activations(x)
     order = np.array([0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15])
     runs = np.concatenate([16 * unit + 32 * half + order for unit in (0, 1) for half in (0, 1)])
@@ -260,7 +261,7 @@ def run_tool(folder, name, *args):
 @pytest.mark.llama
 @pytest.mark.parametrize("op", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY"])
 def test_backend_ops(cuda_bin, op):
-    """llama.cpp's own comparison of CUDA with the CPU. An operation that CUDA refuses would pass unseen, so what ran is counted."""
+    """llama.cpp's own comparison of CUDA with the CPU passes. It skips what CUDA refuses, so what ran is counted."""
     stdout, _ = run_tool(cuda_bin, "test-backend-ops", "test", "-b", "CUDA0", "-o", op, "-p", "aaac")
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in stdout.splitlines() if "aaac" in line]
     assert len([line for line in lines if line.rstrip().endswith("OK")]) >= 12, stdout[-2000:]
@@ -282,7 +283,8 @@ def test_perplexity_is_that_of_the_cpu(cuda_bin, model):
         )
         return float(re.search(r"Final estimate: PPL = ([\d.]+)", out)[1])
 
-    # both round activations to 8 bits the same way for one column; prompts take float16 weights on CUDA and 8-bit activations on the CPU
+    # For one column both round activations to 8 bits in the same way. For prompts CUDA has float16 weights, the CPU
+    # 8-bit activations.
     assert abs(perplexity(*CUDA) / perplexity(*CPU) - 1) < 0.005
 
 

@@ -1,6 +1,6 @@
-"""kernels.py without a GPU: the checks of test_gpu.py at small sizes, NumPy for CuPy and the kernels in the emulator.
+"""Run the checks of test_gpu.py at small sizes without a GPU: NumPy stands for CuPy, and kernels run in the emulator.
 
-So what a kernel is launched with, its name, its grid and its arguments, is that of the kernel; what only a GPU can show remains.
+This tests the names, grids and arguments of launches.
 """
 
 import functools
@@ -9,7 +9,11 @@ import pytest
 import test_gpu
 from emulation.emulated_cupy import Cupy, numpy
 from numpy.lib.stride_tricks import as_strided
-from test_gpu import test_errors_say_what_is_wrong, test_every_tensor_of_a_file, test_file_errors_name_the_type  # noqa: F401, collected here as well
+from test_gpu import (  # noqa: F401, collected here as well
+    test_errors_say_what_is_wrong,
+    test_every_tensor_of_a_file,
+    test_file_errors_name_the_type,
+)
 
 from aaac_gguf.files.format import G32
 from aaac_gguf.inference import kernels

@@ -330,7 +330,7 @@ def test_a_split_file(llama_source, tmp_path):
     ("config", "message"),
     [
         (WITH_CONFIG["nemotron, biases"], "no parameter of its model holds tensor blk.0."),
-        (WITH_CONFIG["qwen3"], "has another shape than model.layers.0.self_attn."),
+        (WITH_CONFIG["qwen3"], "_norm.weight has another shape than model.layers.0.self_attn."),
         (
             lambda: transformers.MixtralConfig(**COMMON, **SIZES, num_local_experts=4),
             "no tensor holds its parameter model.layers.0.mlp.",
@@ -341,6 +341,12 @@ def test_a_split_file(llama_source, tmp_path):
 def test_settings_that_transformers_does_not_read(llama_source, config, message, tmp_path):
     _, path = quantized(config(), tmp_path)
     assert message in refusal(load_model, path)
+
+
+def test_a_config_of_another_model(converted):
+    config = transformers.AutoConfig.from_pretrained(MODEL, intermediate_size=1024)
+    message = refusal(lambda path: load_model(path, config=config), converted)
+    assert "blk.0.ffn_down.weight has another shape than model.layers.0.mlp.down_proj.weight" in message
 
 
 def test_a_tokenizer_that_transformers_does_not_read(source):
