@@ -1,4 +1,4 @@
-"""Compile every kernel with nvcc for the architectures that README names, and the patch's CUDA files inside ggml's tree."""
+"""Compile every kernel with nvcc for the architectures that README names, and the patch's CUDA files in ggml's tree."""
 
 import ctypes
 import ctypes.util
