@@ -199,6 +199,5 @@ def _settings(
 
 def __getattr__(name: str) -> Any:
     if name == "inference":  # imported at first use
-        importlib.import_module(".inference.torch", __name__)
         return importlib.import_module(".inference", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

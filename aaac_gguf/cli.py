@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_convert(verbs: Any) -> None:
     p = verbs.add_parser("convert", help="quantize a Hugging Face folder or a full-precision GGUF")
     flag = p.add_argument
-    flag("source", metavar="SRC", help="Hugging Face model folder, full-precision GGUF file (any shard of a split one), "
+    flag("source", metavar="SRC", help="Hugging Face model folder, full-precision GGUF file (or any shard of one), "
          "or a model on the Hugging Face Hub: hf://OWNER/NAME, or OWNER/NAME if there is no such path")  # fmt: skip
     flag("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
     flag("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128; "

@@ -1,7 +1,8 @@
 """Times of the CUDA kernels on this machine's GPU: `python benchmarks/gpu.py OUT`.
 
-Few columns: GB/s of the bytes that must move, and their share of a device-to-device copy's rate in the same run. Many columns: TFLOP/s beside
-cuBLAS on float16 weights. Each figure is the median over launches, timed with events around batches of launches that walk through copies of the
+Few columns: GB/s of the bytes that must move, and their share of a device-to-device copy's rate in the same run.
+Many columns: TFLOP/s beside cuBLAS on float16 weights. Each figure is the median over launches. Events time batches of
+launches that walk through copies of the
 weights larger than the second-level cache together; the range over three rounds says what difference is noise.
 """
 
@@ -124,7 +125,7 @@ def matvec_times(cp: Any, cache: int, copy: float, progress: Callable[[str], Non
                 launches = [
                     lambda w=w, q8=q8, out=out, k=k: kernels.matvec_into(qtype, params, w, q8, "", k, out)
                     for w in weights
-                ]  # noqa: B023
+                ]
                 seconds, least, greatest = timed_graph(cp, launches)
                 moved = n_bytes + q8.nbytes + out.nbytes
                 rate = moved / seconds
@@ -151,7 +152,7 @@ def matmul_times(cp: Any, cache: int, progress: Callable[[str], None]) -> list[d
             params, out = kernels.codec_params(qtype, codec), cp.empty((n, n_rows), cp.float32)
             launches = [
                 lambda w=w, x=x, out=out: kernels.matmul_into(qtype, params, w, x, "float16", k, out) for w in weights
-            ]  # noqa: B023
+            ]
             fused, least, greatest = timed_graph(cp, launches)
             # what the llama.cpp patch does for prompts: decode to float16, then cuBLAS
             decode, _, _ = timed(cp, [lambda w=w: kernels.dequant(qtype, w, codec, "float16") for w in weights])  # noqa: B023

@@ -1,8 +1,11 @@
-"""llama-bench on models with random weights in the shape of Llama 8B, and the quantizer's time: `python benchmarks/gpu_models.py BIN OUT WORK`.
+"""Run llama-bench on models with random weights in the shape of Llama 8B, and time the quantizer.
 
-BIN is what `aaac-gguf llama build --backend cuda` prints. A seed file with 64 rows of each matrix is quantized to every type, by `convert` on the GPU
-or by llama-quantize, and its rows repeat in the model, every one in memory of its own, so that what the GPU reads is as large as in a trained model.
-Speed does not depend on the values. Models that WORK holds are taken as they are. The types take turns, so that a GPU that warms up or throttles
+    python benchmarks/gpu_models.py BIN OUT WORK
+
+BIN is what `aaac-gguf llama build --backend cuda` prints. A seed file with 64 rows of each matrix is quantized to every
+type, by `convert` on the GPU or by llama-quantize. Its rows repeat in the model, each in memory of its own, so that the
+GPU reads as much as in a trained model. Speed does not depend on the values. Models that WORK holds are taken as they
+are. The types take turns, so that a GPU that warms up or throttles
 treats them alike, and the results are written after each round.
 """
 
@@ -38,7 +41,9 @@ RATIOS = (("tg128", "IQ4_NL"), ("tg128", "Q4_0"), ("pp512", "IQ4_NL"), ("pp512",
 
 
 def make_model(binaries: Path, work: Path, name: str) -> Path | None:
-    """The model of one type, embeddings and output in Q6_K as by default (F16 in the F16 model), from `work` or made now; None where llama-quantize
+    """Return the model of one type, from `work` or made now, with embeddings and output in Q6_K (F16 in the F16 model).
+
+    None where llama-quantize
     refuses."""
     model = work / f"model-{name}.gguf"
     if model.exists():

@@ -1,10 +1,11 @@
-"""Quality of 4-bit formats on one checkpoint: KL divergence of the quantized model's next-token distribution from the full model's.
+"""Measure 4-bit formats on one checkpoint: the KL divergence of the quantized model from the full model.
 
-    python benchmarks/quality.py MODEL --calib calib.txt --test heldout.txt --test web.txt [--stock Q5_K_S=file.gguf ...]
+    python benchmarks/quality.py MODEL --calib calib.txt --test heldout.txt --test web.txt [--stock Q5_K_S=x.gguf ...]
 
-Every row replaces the weights of all linear layers of the decoder by what its format can hold; embeddings, norms and the output matrix stay as they
-are. The protocol is llama-perplexity's (`-c 512`): BOS in place of each chunk's first token, and only positions 256 to 510 of a chunk are scored.
-Bars are the standard error over chunks. Rows other than ours are reconstructions in torch of what the paper and its neighbours compare with, each at
+Every row replaces the weights of all linear layers of the decoder by what its format can hold. Embeddings, norms and
+the output matrix stay as they are. The protocol is llama-perplexity's (`-c 512`): BOS in place of each chunk's first
+token, and only positions 256 to 510 of a chunk are scored. Bars are the standard error over chunks. Rows other than ours
+are reconstructions in torch of what the paper and its neighbours compare with, each at
 its own bits per weight; files of stock llama.cpp types are decoded by the gguf library.
 """
 
@@ -73,7 +74,7 @@ Method = Callable[[Layer, int], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """A format: what it makes of a layer, for the full model's inputs or, `in_sequence`, for those that the layers before leave."""
+    """A format: how it reconstructs a layer, for the full model's inputs or for those of the quantized layers before it."""
 
     name: str
     bits_per_weight: float
@@ -82,7 +83,7 @@ class Row:
 
 
 class Calibration(BlockMoments):
-    """Moments for one row after the other: what the full model does is kept. The model that is judged gets the weights as well."""
+    """Moments for one row after the other. The full model's records are kept; the judged model gets the weights too."""
 
     def __init__(self, judged: Any, *args: Any):
         super().__init__(*args)
@@ -134,7 +135,7 @@ def rtn(layer: Layer, seed: int) -> Tensor:
 
 
 def fp4_or_int4(tables: list[Tensor]) -> Method:
-    """Groups of 16, an FP8 scale, and the better of the tables for each group: NVFP4 with one, IF4 with two (the scale's sign bit tells)."""
+    """Round groups of 16 with an FP8 scale to the better of the tables: NVFP4 has one, IF4 two (the scale's sign bit)."""
 
     def reconstruct(layer: Layer, seed: int) -> Tensor:
         groups, largest = grouped(layer.weight, 16)
@@ -154,7 +155,10 @@ def int4_groups(weight: Tensor) -> Tensor:
 
 
 def awq(layer: Layer, seed: int) -> Tensor:
-    """INT4 groups of 128 of the weights scaled per input channel by activation^alpha, the alpha of least output error (folded, it costs no bits)."""
+    """Round INT4 groups of 128 of weights that are scaled by activation^alpha, for the alpha of least output error.
+
+    The scales are folded into the layer before, so they cost no bits.
+    """
     activation = layer.importance.sqrt().clamp_min(1e-6)
     best, least = layer.weight, float("inf")
     for alpha in torch.arange(0, 1, 0.1):
@@ -183,7 +187,10 @@ def gptq(layer: Layer, seed: int) -> Tensor:
 
 
 def lobcq(layer: Layer, seed: int) -> Tensor:
-    """Blocks of 8 in groups of 64 with an FP8 scale; each block takes one of 16 codebooks of INT6 levels, by Lloyd-Max per cluster of blocks."""
+    """Round blocks of 8 in groups of 64 with an FP8 scale, each to one of 16 codebooks of INT6 levels.
+
+    The codebooks are found by Lloyd-Max for each cluster of blocks.
+    """
     groups, largest = grouped(layer.weight, 64)
     scale = e4m3(largest)
     x = (groups / scale).reshape(-1, 8)

@@ -1,4 +1,6 @@
-"""Time and peak memory of `aaac-gguf convert` beside llama-quantize: the same full-precision GGUF, importance file, embedding type and threads.
+"""Measure time and peak memory of `aaac-gguf convert` beside llama-quantize.
+
+Both get the same full-precision GGUF, importance file, embedding type and threads.
 
     python benchmarks/quantizer.py [--shape 1b] [--rounds 3]
 

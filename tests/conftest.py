@@ -1,4 +1,4 @@
-"""Fixtures: a small GGUF made here, the bundled model, the patched llama.cpp where it is built, and the CUDA kernels on the host."""
+"""Fixtures: a small GGUF, the bundled model, the patched llama.cpp if it is built, and the CUDA kernels on the host."""
 
 from __future__ import annotations
 

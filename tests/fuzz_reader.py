@@ -19,9 +19,7 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-with atheris.instrument_imports(
-    include=["aaac_gguf.files", "aaac_gguf.reporting", "gguf.gguf_reader"]
-):
+with atheris.instrument_imports(include=["aaac_gguf.files", "aaac_gguf.reporting", "gguf.gguf_reader"]):
     from aaac_gguf.errors import AaacError
     from aaac_gguf.files import format as fmt
     from aaac_gguf.files import gguf as gguf_io

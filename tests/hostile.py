@@ -25,7 +25,7 @@ N_EMBD, N_VOCAB = 128, 64
 
 
 def tiny_model(n_experts: int = 0) -> tuple[Metadata, list[TensorInfo], list[bytes]]:
-    """One random llama layer whose matrices take all three types: metadata, tensors and their data. llama.cpp runs it."""
+    """Return one random llama layer whose matrices take all three types: metadata, tensors, data. llama.cpp runs it."""
     kv = {
         "general.architecture": Value("llama", V.STRING),
         "llama.block_count": Value(1, V.UINT32),
@@ -225,7 +225,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def change(kv: Metadata, rng: random.Random) -> Metadata:
-    """Metadata in which one aaac.* key is missing, of another type, of another length, repeated, reordered or out of range."""
+    """Yield metadata in which one aaac.* key is missing, repeated, reordered, out of range, or of another type or length."""
     key = rng.choice(
         [fmt.KEY_VERSION, fmt.KEY_TENSOR_NAMES, fmt.KEY_CODEBOOKS, fmt.KEY_SCALE_BASE, fmt.KEY_SCALE_MANTISSA_BITS]
     )

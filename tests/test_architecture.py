@@ -61,7 +61,7 @@ def level(module: str) -> int:
 
 
 def arrows_up(graph: dict[str, set[str]]) -> list[str]:
-    """Return the imports of a package from one that is not below it. `__version__` may be had from the package itself."""
+    """Return the imports of a package from one that is not below it. The package itself has `__version__` for all."""
     return [
         f"{a} -> {b or 'aaac_gguf'}"
         for a, targets in graph.items()

@@ -1,4 +1,4 @@
-"""Whatever the disk, the cache, other processes and signals do: one line that says what is wrong, and nothing half-written."""
+"""Full disks, caches, other processes and signals: one line says what is wrong, and nothing is half-written."""
 
 import errno
 import fcntl
@@ -158,7 +158,7 @@ def test_a_read_only_cache_with_a_build_is_used(read_only_cache):
 
 
 def test_a_lock_on_a_file_that_is_gone_does_not_count(tmp_path, monkeypatch):
-    """Between opening and locking, the one who held the lock may have renamed its file away, as a finished conversion does."""
+    """The one who held the lock may have renamed its file away before this one locks it, as a conversion does."""
     path, lock = tmp_path / "out.partial", fcntl.flock
 
     def late(file, operation):

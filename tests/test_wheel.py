@@ -1,4 +1,4 @@
-"""The distribution: a wheel made from the sdist, installed elsewhere, has the patch, the kernels and the demo model, and starts."""
+"""A wheel made from the sdist and installed elsewhere has the patch, the kernels and the demo model, and starts."""
 
 import os
 import shutil
@@ -61,11 +61,11 @@ def test_it_starts(installed):
 
 
 def test_patch_and_kernels_are_inside(installed):
-    where = run(
-        installed,
-        "-c",
-        "from aaac_gguf import patch; print(resources.shipped('patches')); print(resources.shipped('cuda_kernels')); print(patch.digest())",
+    code = (
+        "from aaac_gguf.llama import patch; from aaac_gguf.resources import shipped;"
+        "print(shipped('patches')); print(shipped('cuda_kernels')); print(patch.digest())"
     )
+    where = run(installed, "-c", code)
     assert where.splitlines() == [str(installed / "aaac_gguf" / name) for name in ("patches", "cuda_kernels")] + [
         patch.digest()
     ]
@@ -81,3 +81,66 @@ def test_nothing_of_the_package_is_left_out(installed):
         if not name.startswith(("cuda_kernels/", "patches/"))
     }
     assert packaged == files(ROOT / "aaac_gguf")
+
+
+def test_importing_loads_neither_torch_nor_transformers(installed):
+    code = "import sys, aaac_gguf; print(sorted({'torch', 'transformers', 'numpy', 'gguf'} & set(sys.modules)))"
+    assert run(installed, "-c", code) == "[]"
+
+
+def test_the_python_api(installed, source, tmp_path):
+    """Plan, quantize, load, quantize_tensor and verify, each called once."""
+    code = """
+import sys
+import numpy as np
+import aaac_gguf as aaac
+
+source, out = sys.argv[1:]
+planned = aaac.plan(source, out, type="AAAC4_G32")
+report = aaac.quantize(source, out, type="AAAC4_G32", tensor_types={"ffn_down": "Q8_0"}, embedding_type="F16")
+assert str(report.files[0]) == out and report.n_bytes > 0, report
+assert planned.n_files == 1 and planned.n_bytes != report.n_bytes
+
+model, full = aaac.load(out), aaac.load(source)
+weight, expected = model["blk.0.attn_q.weight"], full["blk.0.attn_q.weight"]
+assert weight.dtype == np.float32 and weight.shape == expected.shape == (64, 256)
+assert np.square(weight - expected).sum() < 0.01 * np.square(expected).sum()
+
+x = np.random.default_rng(0).standard_normal((512, 256)).astype(np.float32)
+for given in ({}, {"importance": (x * x).mean(0)}, {"hessian": x.T @ x / len(x)}):
+    quantized = aaac.quantize_tensor(expected, "AAAC4_G16", **given)
+    assert quantized.codec is not None and quantized.dequantize().shape == expected.shape
+    assert quantized.relative_error < 0.01
+try:
+    aaac.quantize_tensor(expected, "Q9")
+except ValueError as error:
+    assert "`type` Q9: unknown type" in str(error), error
+assert aaac.verify(out).failures == []
+print("done")
+"""
+    assert run(installed, "-c", code, source, tmp_path / "out.gguf") == "done"
+
+
+@pytest.mark.slow
+def test_the_python_api_with_llama_cpp(installed, patched, demo_gguf, tmp_path):
+    """Compare, verify against the source, and run in transformers."""
+    code = """
+import sys
+from pathlib import Path
+
+import aaac_gguf as aaac
+from aaac_gguf.resources import SAMPLE_TEXT
+
+source, out = sys.argv[1:]
+compared = aaac.compare(source, out, types=["AAAC4_G128"], texts=[SAMPLE_TEXT], n_ctx=128, n_chunks=2)
+(row,) = compared.rows
+assert 0 < row.scores["sample.txt"].mean_kld < 1
+(file,) = [p for p in Path(out).glob("*-AAAC4_G128.gguf")]
+assert aaac.verify(file, source).failures == []
+model = aaac.inference.torch.load_model(file)
+tokenizer = aaac.inference.torch.load_tokenizer(file)
+tokens = model.generate(**tokenizer("The old gentleman", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+assert tokens.shape[1] > 4
+print("done")
+"""
+    assert run(installed, "-c", code, demo_gguf, tmp_path / "out").splitlines()[-1] == "done"

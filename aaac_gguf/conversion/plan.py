@@ -157,7 +157,7 @@ def _fitting(wanted: T, n_per_row: int, source_type: T) -> T:
 
 
 def unknown_integers(source: GgufFile) -> list[str]:
-    """Return the integer tensors that llama.cpp's architecture does not have. It would refuse a file that holds them."""
+    """Return the integer tensors that llama.cpp does not know. It would refuse a file that holds them."""
     arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == source.architecture), None)
     if arch is None:
         return []

@@ -82,7 +82,7 @@ class AaacType:
     # The header is all that differs between the types.
 
     def pack_header(self, codes: U8, selectors: U8) -> U8:
-        """Return headers [..., header_size] of codes [..., block_size / group_size], selectors [..., block_size / 16]."""
+        """Return headers of codes [..., block_size / group_size] and selectors [..., block_size / 16]."""
         raise NotImplementedError
 
     def unpack_header(self, header: U8) -> tuple[U8, U8]:

@@ -1,4 +1,4 @@
-"""Read GGUF files with AAAC tensors, and render headers: the gguf library with our types, made safe for damaged files."""
+"""Read GGUF files with AAAC tensors, and render headers: the gguf library with our types, safe for damaged files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Read llama.cpp's importance files, GGUF and legacy .dat, write GGUF, and say what they do not cover.
 
-An importance matrix holds the sum of x_k^2 for every weight tensor and input channel k, over the tokens that reached the
-tensor, and the number of those tokens.
+An importance matrix holds the sum of x_k^2 for every weight tensor and input channel k, over the tokens that reached
+the tensor, and the number of those tokens.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Imatrix:
     def fitted(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Imatrix:
         """Return the entries of the model whose tensors have `shapes`, in numpy order.
 
-        Legacy files store an expert tensor's channels in one run [1, E * K] with one count. Here they become [E, K], and
-        an expert of zeros is one that no token reached. Raises AaacError for an imatrix of another model.
+        Legacy files store an expert tensor's channels in one run [1, E * K] with one count. Here they become [E, K],
+        and an expert of zeros is one that no token reached. Raises AaacError for an imatrix of another model.
         """
         fitted = {}
         for name, entry in self.entries.items():

@@ -19,8 +19,8 @@ from ..progress import progress
 def check_weights(file: GgufFile, largest: Mapping[str, float] | None = None) -> str:
     """Return the sha256 of metadata and weights.
 
-    largest: the largest magnitude that the output can hold, by tensor. Raises AaacError that names the first tensor with
-    NaN or Inf, or with a weight beyond that.
+    largest: the largest magnitude that the output can hold, by tensor. Raises AaacError that names the first tensor
+    with NaN or Inf, or with a weight beyond that.
     """
     infos = [TensorInfo(name, shape, file.tensors[name].tensor_type) for name, shape in file.shapes.items()]
     digest = hashlib.sha256(render_header(field_values(file.fields), infos))

@@ -209,7 +209,8 @@ _G16, _G32, _G128 = T["AAAC4_G16"], T["AAAC4_G32"], T["AAAC4_G128"]
 
 # In the order in which types are listed.
 # The file type of an AAAC type is its id, as in the patch's llama_ftype.
-# A fallback has shorter blocks, and about as many bits if there is such a type. Types between the candidates cost more error for their bytes than a mixture of these.
+# A fallback has shorter blocks, and about as many bits if there is such a type.
+# Types between the candidates cost more error for their bytes than a mixture of these.
 # From 5 bits up, importance alone changes next to nothing. For Q4_0, rounding to nearest may choose the sign of a
 # scale, which the search does not.
 TENSOR_TYPES: dict[T, TensorType] = {

@@ -1,4 +1,4 @@
-"""The programs of benchmarks/gpu.sh without a GPU: a tiny model through the CPU build, and NumPy for CuPy under kernels that do nothing.
+"""Run the programs of benchmarks/gpu.sh without a GPU: a tiny model, and NumPy for CuPy under kernels that do nothing.
 
 The figures mean nothing; what runs here has no name that is missing and no flag that llama.cpp refuses.
 """

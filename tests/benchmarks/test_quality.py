@@ -1,4 +1,4 @@
-"""The formats that the quality benchmark compares with: shapes, sizes of error, and what must not be worse than what."""
+"""The formats that the quality benchmark compares with: shapes, sizes of error, and their order."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Conversion of a GGUF and of the bundled model: what is written, what is refused, and that nothing half-written stays."""
+"""Convert a GGUF and the bundled model: what is written, what is refused, and that nothing half-written stays."""
 
 import json
 import os
@@ -192,7 +192,7 @@ def test_bad_sources(tmp_path, capsys, prepare, words):
 
 @pytest.mark.parametrize("stored", ["BF16", "F16"])
 def test_a_gguf_is_calibrated_like_its_folder(demo_gguf, tmp_path, stored):
-    """To the same bytes, by tokens that the model writes itself: transformers runs both, in the dtype of the weights or in float32."""
+    """By tokens that the model writes itself, to the same bytes. Both run in the dtype of the weights or in float32."""
     self_calibration = ("--calib", "self", "--calib-sequences", 1, "--calib-length", 32)
     source = demo_gguf
     if stored == "F16":

@@ -181,8 +181,8 @@ def test_the_spec_copy_names_what_the_code_has():
     spec = (Path(fmt.__file__).parents[2] / "docs" / "format.md").read_text()
     for qtype in TYPES:
         assert (
-            f"| {qtype.type_id} | `{qtype.name}` | {qtype.group_size} | 16 | {qtype.block_size} | {qtype.header_size} + {qtype.block_size // 2} |"
-            in spec
+            f"| {qtype.type_id} | `{qtype.name}` | {qtype.group_size} | 16 | {qtype.block_size} | "
+            f"{qtype.header_size} + {qtype.block_size // 2} |" in spec
         )
     for key in [value for name, value in vars(fmt).items() if name.startswith("KEY_")]:
         assert f"`{key}`" in spec

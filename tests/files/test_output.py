@@ -52,7 +52,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def run_and_kill(
     conversion: tuple, *, after_syncs: int | None = None, after_seconds: float | None = None
 ) -> int | None:
-    """Convert in a process that gets SIGKILL at a time, or at its n-th call that makes something lasting; returns its exit code."""
+    """Convert in a process that gets SIGKILL at a time, or at its n-th lasting call. Returns its exit code."""
     process = FORK.Process(target=_child, args=(conversion, after_syncs))
     process.start()
     if after_seconds is not None:
@@ -126,7 +126,7 @@ def test_a_conversion_killed_again_and_again_ends_in_the_same_bytes(model, tmp_p
 
 
 def test_every_lasting_step_can_be_the_last(model, tmp_path, small_units):
-    """A kill before each fsync and each rename in turn, over an older model, and the conversion resumed: never a mixture that looks whole."""
+    """Kill before each fsync and rename in turn, over an older model, and resume: never a mixture that looks whole."""
     both = []
     for method in ("paper", "aaac"):
         (tmp_path / method).mkdir()
@@ -152,7 +152,7 @@ def test_every_lasting_step_can_be_the_last(model, tmp_path, small_units):
 
 
 def test_a_calibrated_conversion_resumes(llama_source, tmp_path, capsys):
-    """Calibration and error feedback are done again and come out the same; the full-precision GGUF that the killed run left is removed."""
+    """Calibration is done again and comes out the same. The full-precision GGUF of the killed run is removed."""
     args = ("--calib-sequences", 2, "--calib-length", 32)
     assert convert(resources.MODEL, tmp_path / "reference.gguf", *args) == 0
     report = capsys.readouterr().out
