@@ -1,0 +1,1 @@
+"""Run text through a model and measure the inputs and the output gradients of its matrices."""
