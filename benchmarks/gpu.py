@@ -166,7 +166,7 @@ def matmul_times(cp: Any, cache: int, progress: Callable[[str], None]) -> list[d
 
 
 def registers(cp: Any) -> list[dict[str, Any]]:
-    """What this GPU's compiler made of the kernels with one column."""
+    """Return registers, local and shared memory of the compiled kernels with one column."""
     rows = []
     for name, struct in kernels.STRUCTS.items():
         run = kernels.kernel("matvec.cu", f"aaac_matvec_q8<{struct}, 1>")

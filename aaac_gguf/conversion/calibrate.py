@@ -18,7 +18,7 @@ from .job import Job
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What is known of the inputs of the model's matrices.
+    """The result of a calibration: what is known of the inputs of the model's matrices.
 
     imatrix    their importance, as far as it is known
     measured   second moments of a model that runs, quantized decoder block by decoder block

@@ -33,7 +33,7 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one tensor that was rounded by search; errors are relative squared errors."""
+    """The result for one tensor that was rounded by search. Errors are relative squared errors."""
 
     plan: TensorPlan
     rounding: Rounding
@@ -43,7 +43,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion made, and what its calibration did not reach.
+    """The result of a conversion, with what its calibration did not reach.
 
     coverage    None without calibration
     seconds     of the whole conversion
@@ -68,7 +68,7 @@ class Report:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a conversion would make: its plans, the exact bytes, and in how many files."""
+    """The plan of a conversion, with the exact bytes and the number of its files."""
 
     plans: tuple[TensorPlan, ...]
     n_bytes: int

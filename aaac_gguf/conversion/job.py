@@ -29,7 +29,7 @@ from .settings import CalibrationKind, MomentsKind, Settings, parse_type
 
 @dataclass(frozen=True, eq=False)
 class CalibrationInput:
-    """What a calibration starts from.
+    """The input of a calibration.
 
     description  what the file will say of it
     n_tokens     of text, or of what an importance file was made of

@@ -31,7 +31,7 @@ KEPT = re.compile(
 
 
 class Rounding(StrEnum):
-    """How a tensor's weights become those of its type."""
+    """The ways in which a tensor's weights become those of its type."""
 
     COPY = "copy"  # as they are
     NEAREST = "nearest"  # each to the nearest value, as llama-quantize does without an importance matrix

@@ -24,7 +24,7 @@ from .atomic import PARTIAL, open_alone, write_error
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a finished tensor beside its data.
+    """A finished tensor, but for its data.
 
     rounding        how it was rounded: "copy", "nearest", "importance" or "feedback"
     codec           of an AAAC tensor
