@@ -386,6 +386,7 @@ def test_the_bundled_model(demo_full, tmp_path, capsys):
         )  # feedback trades this error for the layer's
 
 
+@pytest.mark.slow
 def test_a_model_that_memory_does_not_hold(tmp_path, monkeypatch):
     """Its blocks are read from the checkpoint as they run; the file is the same to the byte."""
     calibration = ("--calib", resources.SAMPLE_TEXT, "--calib-sequences", 2, "--calib-length", 32)

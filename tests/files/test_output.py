@@ -125,6 +125,7 @@ def test_a_conversion_killed_again_and_again_ends_in_the_same_bytes(model, tmp_p
     assert files_of(tmp_path / "killed") == expected
 
 
+@pytest.mark.slow
 def test_every_lasting_step_can_be_the_last(model, tmp_path, small_units):
     """Kill before each fsync and rename in turn, over an older model, and resume: never a mixture that looks whole."""
     both = []

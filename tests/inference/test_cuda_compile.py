@@ -17,6 +17,8 @@ from aaac_gguf.files.format import G16, G32, TYPES, decode
 from aaac_gguf.inference import kernels
 from aaac_gguf.resources import shipped
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 FILES = ("dequant.cu", "matvec.cu", "matmul.cu", "search.cu")
 

@@ -22,6 +22,7 @@ def test_a_gguf_has_plain_weights(demo_gguf):
         assert torch.equal(parameter, expected[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_share", [0.5, 0])
 def test_transformers_is_quiet(tmp_path, device_share):
     """No warning, no bar: loading, with blocks in memory or on disk, sampling and running."""
