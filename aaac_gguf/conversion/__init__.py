@@ -1,0 +1,1 @@
+"""Plan a conversion, calibrate, encode every tensor, and write the file."""

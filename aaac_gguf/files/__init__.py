@@ -1,0 +1,1 @@
+"""Read and write files: the AAAC format, GGUF, and importance matrices."""

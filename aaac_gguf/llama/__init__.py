@@ -1,0 +1,1 @@
+"""Patch and build llama.cpp, and run its tools."""

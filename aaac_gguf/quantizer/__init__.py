@@ -1,0 +1,1 @@
+"""Quantize one tensor: codebooks, search, error feedback."""

@@ -1,0 +1,1 @@
+"""Compare and verify files, and show results as text and pages."""
