@@ -212,9 +212,12 @@ def unpack(qtype: AaacType, data: U8) -> tuple[U8, U8, U8]:
 def decode(qtype: AaacType, data: U8, codec: Codec) -> F32:
     """Decode blocks uint8 [..., row bytes] to weights float32 [..., K].
 
-    S is computed in float32, and each weight is one float32 product.
+    S is computed in float32, and each weight is one float32 product. Raises AaacError for blocks with bits that the
+    layout does not define.
     """
     indices, selectors, codes = unpack(qtype, data)
+    if (codes >= qtype.n_scale_codes).any():
+        raise AaacError(f"{qtype.name}: a scale code is above {qtype.n_scale_codes - 1}; the file is damaged")
     levels = codec.codebooks[np.repeat(selectors, SELECTOR_SIZE, axis=-1), indices].astype(np.float32)
     return np.repeat(codec.scales()[codes], qtype.group_size, axis=-1) * levels
 

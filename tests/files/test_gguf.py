@@ -10,7 +10,7 @@ from conftest import random_codec
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 from gguf_samples import KV, aaac_file
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from aaac_gguf.errors import AaacError
@@ -110,6 +110,7 @@ def test_every_truncation_is_refused(tmp_path, rng):
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(flips=[(1046, 7)])  # a scale code of AAAC4_G128 beyond 127
 @given(flips=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 7)), min_size=1, max_size=4))
 def test_flipped_bits_are_read_or_refused(tmp_path, flips):
     """Whatever the damage: a file that opens and decodes, or an AaacError. Nothing else, and no endless loop."""
