@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..errors import AaacError
 from ..files.imatrix import Entry, Imatrix
 from ..models.blocks import Blocks
 from ..models.checkpoint import gguf_names
+from ..models.finite import is_finite, not_finite
 from ..progress import progress
 
 # Called with a parameter's name, the expert (0 for a parameter without experts) and the inputs [tokens, K].
@@ -111,8 +113,19 @@ class Activations:
                     bar.update()
 
     def run_block(self, i: int, batch: slice, hidden: torch.Tensor) -> torch.Tensor:
-        """Run block i on the inputs `hidden` [n, T, d] of a batch. Return its outputs, of the head the logits."""
-        return self.blocks.run(i, self.sequences[batch], hidden.to(self.blocks.model.device))
+        """Run block i on the inputs `hidden` [n, T, d] of a batch. Return its outputs, of the head the logits.
+
+        Raises AaacError that names the first module whose output is not finite.
+        """
+        hidden = hidden.to(self.blocks.model.device)
+
+        def run() -> torch.Tensor:
+            return self.blocks.run(i, self.sequences[batch], hidden)
+
+        out = run()
+        if not (is_finite(out) if i == len(self.blocks) - 1 else out.isfinite().all()):
+            raise not_finite(self.blocks.model, run)
+        return out
 
 
 def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -120,10 +133,10 @@ def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
 
     Raises OSError if the disk has no room.
     """
-    size = math.prod(shape)
     with open(path, "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, size * dtype.itemsize)
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(*shape)
+        os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)
+    # torch.from_file opens only paths that are UTF-8.
+    return torch.from_numpy(np.memmap(path, np.uint8, "r+")).view(dtype).view(*shape)
 
 
 class Squares:
@@ -145,7 +158,7 @@ class Squares:
         """Return the sums by GGUF tensor name.
 
         tokens: int64 [n, T], those that were summed over; present: the GGUF file's tensor names; dataset: a name for
-        the text.
+        the text. Raises AaacError for sums that overflow.
         """
         n_layers = model.config.get_text_config().num_hidden_layers
         entries: dict[str, Entry] = {}
@@ -158,6 +171,11 @@ class Squares:
             count = np.zeros(n_experts, dtype=np.float32)
             for expert in seen:
                 total[expert], count[expert] = self.sums[name, expert].cpu().numpy(), self.counts[name, expert]
+            if not np.isfinite(total).all():
+                raise AaacError(
+                    f"`calibration`: the squares of the inputs of {name} overflow; "
+                    "check the model's norms, calibrate with `imatrix`, or set `calibration` to 'none'"
+                )
             for gguf_name in gguf_names(name, architecture, n_layers, present):
                 entries[gguf_name] = Entry(total, count)
         return Imatrix(entries, [dataset], len(tokens), tokens.shape[1])

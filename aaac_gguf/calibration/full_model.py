@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import AaacError
 from ..progress import progress
 from .activations import Activations, on_disk
 from .recorder import InputRecorder, LayerInputs
@@ -47,7 +48,13 @@ class FullModel:
         self.gradients = on_disk(folder / "gradients", self.hidden.shape, self.hidden.dtype)
         for i in progress(range(len(self.blocks) - 1, 0, -1), desc="measuring sensitivities", unit="block"):
             for batch in self.batches:
-                self.gradients[i, batch] = self.backward(i, batch)
+                gradient = self.backward(i, batch)
+                if not gradient.isfinite().all():
+                    raise AaacError(
+                        f"`calibration`: the gradient at decoder block {i} of {len(self.blocks) - 1} is not finite; "
+                        "check the model's weights, or set `feedback` to False"
+                    )
+                self.gradients[i, batch] = gradient
 
     def record(self, i: int, wanted: Collection[str]) -> BlockRecord:
         """Run block i forward and backward on all sequences and record its parameters `wanted`.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import AaacError
 from ..files.gguf import GgufFile
 from ..quantizer.moments import Moments
 from .activations import Activations, on_disk
@@ -148,6 +149,11 @@ class BlockMoments:
     def _of_tensor(self, name: str, record: BlockRecord, layer: tuple[Moments, float]) -> Moments:
         """Add to a layer's moments those of a tensor's outputs, in the order of the tensor's rows."""
         moments, n_tokens = layer
+        if not moments.inputs.isfinite().all():
+            raise AaacError(
+                f"`calibration`: the squares of the inputs of {name} overflow; "
+                "check the model's norms, calibrate with `imatrix`, or set `calibration` to 'none'"
+            )
         outputs, rows = record.outputs.get(self.places[name].parameter), self.places.row_map(name)
         if rows is None or outputs is None:
             return moments

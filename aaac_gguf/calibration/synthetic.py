@@ -55,7 +55,7 @@ class SyntheticMoments:
         self.residual = load_weight(file, "token_embd.weight", device, drawn) * factor
 
     def moments(self, name: str) -> Moments | None:
-        """Return the moments of a tensor's inputs; None if nothing is known of them.
+        """Return the moments of a tensor's inputs; None if nothing is known of them, or if they overflow.
 
         Raises ValueError for a tensor of a block before the one that was asked for last.
         """
@@ -79,7 +79,7 @@ class SyntheticMoments:
         # As if as many tokens as there are channels had shown no correlation at all, and then SHRINKAGE.
         moments *= (1 - SHRINKAGE) * len(x) / sum(x.shape)
         moments.diagonal().copy_(diagonal)
-        return Moments(moments, None)
+        return Moments(moments, None) if moments.isfinite().all() else None
 
     def _run_block(self, block: str) -> None:
         """Send the residual stream through a block, and keep the inputs of the block's matrices."""

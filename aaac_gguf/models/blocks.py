@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .finite import is_finite, not_finite
+
 # Runs a block on an input [n, T, d]; the block's other arguments are those that the model gave.
 RunBlock = Callable[[Tensor], Any]
 
@@ -20,9 +22,14 @@ class StopForward(Exception):
 
 
 def block_list(model: Any) -> torch.nn.ModuleList | None:
-    """Return the list of a model's decoder blocks."""
-    n_layers = model.config.get_text_config().num_hidden_layers
-    return next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers), None)
+    """Return the list of a model's decoder blocks.
+
+    A vision tower may have as many blocks. Those of the text are nearest to the text's embeddings.
+    """
+    n_layers, embeddings = model.config.get_text_config().num_hidden_layers, model.get_input_embeddings()
+    around = [m for m in model.modules() if embeddings in m.modules()]  # from the model inwards
+    lists = (m for outer in reversed(around) for m in outer.modules() if isinstance(m, torch.nn.ModuleList))
+    return next((m for m in lists if len(m) == n_layers), None)
 
 
 class Blocks:
@@ -35,7 +42,10 @@ class Blocks:
     """
 
     def __init__(self, model: Any, tokens: Tensor):
-        """tokens: sequences int64 [n, T] to test on whether the blocks one by one give what the model gives."""
+        """Test whether the blocks one by one give what the model gives.
+
+        tokens: sequences int64 [n, T] for this test. Raises AaacError if the model's logits are not finite.
+        """
         self.model = model.requires_grad_(False)
         self.blocks = list(block_list(model) or ())
         self.return_tuples = False
@@ -135,6 +145,8 @@ class Blocks:
     def _same_as_model(self, tokens: Tensor) -> bool:
         """Return whether the blocks one by one give the model's logits."""
         expected = self._run(tokens, None).float()
+        if not is_finite(expected):
+            raise not_finite(self.model, lambda: self._run(tokens, None))
         try:
             hidden = self.embed(tokens)
             for i in range(len(self.blocks)):

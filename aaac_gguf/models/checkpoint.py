@@ -134,7 +134,7 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
             options |= {"device_map": _device_map(source, device, dtype), "offload_folder": folder}
         # No setting of transformers hides the progress bar that it has for a GGUF.
         with contextlib.redirect_stderr(io.StringIO()) if source.is_file() else contextlib.nullcontext():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model = _model_class(source).from_pretrained(
                 **_location(source),
                 dtype=dtype,
                 experts_implementation="eager",  # one expert's product at a time, so that its inputs can be seen
@@ -167,6 +167,7 @@ def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collec
     if arch is None:
         return []
     names = gguf.get_tensor_name_map(arch, n_layers)
+    parameter = parameter.replace("language_model.", "", 1)  # inside a model that reads images or sounds too
     fused = ".experts." in parameter
     parts = [parameter.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")] if fused else []
     candidates = [names.get_name(key, try_suffixes=(".weight", ".bias")) for key in (parameter, *parts)]
@@ -192,6 +193,25 @@ def _transformers() -> Any:
     return transformers
 
 
+def _model_class(source: Path) -> Any:
+    """Return the class of transformers that loads a source's model with its language model and its head.
+
+    That is the class for causal language models, unless config.json names one that reads images or sounds too.
+    """
+    from transformers.models.auto import modeling_auto
+
+    transformers = _transformers()
+    config = _read_json(source / "config.json") if source.is_dir() else {}
+    for kind in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+        wrappers = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {})
+        if wrappers.get(config.get("model_type")) in config.get("architectures", ()):
+            return {
+                "IMAGE_TEXT_TO_TEXT": transformers.AutoModelForImageTextToText,
+                "MULTIMODAL_LM": transformers.AutoModelForMultimodalLM,
+            }[kind]
+    return transformers.AutoModelForCausalLM
+
+
 def _cannot_load(source: Path, error: Exception) -> AaacError:
     return AaacError(
         f"{source}: transformers cannot load it ({one_line(error)}); "
@@ -212,7 +232,7 @@ def _device_map(source: Path, device: str, dtype: str) -> dict[str, str] | None:
     transformers = _transformers()
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = _model_class(source).from_config(config)
     itemsize = 4 if dtype == "float32" else 2
     memory = torch.cuda.mem_get_info()[1] if device != "cpu" else _memory()
     if itemsize * sum(p.numel() for p in model.parameters()) <= WEIGHTS_SHARE * memory:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import AaacError
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -70,8 +72,10 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     """Damp and factor `hessian` [K, K], symmetric and positive semidefinite up to rounding.
 
     A channel that was never active gets the mean diagonal and no neighbours, so its weights are rounded for themselves.
-    If the factorisation fails, damping grows tenfold until it does not.
+    If the factorisation fails, damping grows tenfold until it does not. Raises AaacError for NaN and Inf.
     """
+    if not hessian.isfinite().all():
+        raise AaacError("a second moment holds NaN or Inf: the activations or the gradients overflow")
     h = hessian.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     dead = diagonal <= 0

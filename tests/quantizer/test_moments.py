@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from aaac_gguf.errors import AaacError
 from aaac_gguf.quantizer.moments import Moments, factor, inverse_root, output_error
 
 K = 256
@@ -79,3 +80,11 @@ def test_the_target_meets_the_full_outputs_best():
     assert Moments(moments.inputs, None).target(weight) is weight
     few = replace(moments, n_tokens=8).target(weight)
     assert (few - weight).norm() < 0.7 * (moments.target(weight) - weight).norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_hessian_that_is_not_finite_is_refused(bad):
+    h = hessian()
+    h[3, 5] = h[5, 3] = bad
+    with pytest.raises(AaacError, match="NaN or Inf"):
+        factor(h)
