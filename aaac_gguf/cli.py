@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import os
 import re
 import signal
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, compare, load, plan, quantize, verify
-from .errors import AaacError, AaacWarning
+from .errors import AaacError, AaacWarning, escaped
 
 # The flag of each setting that the library's errors name in backquotes.
 FLAGS = {
@@ -30,9 +32,13 @@ FLAGS = {
 _OTHERS = "imatrix type embedding_type bpw size method seed device split_max_size resume text types backend arch plot"
 FLAGS |= {name: f"--{name.replace('_', '-')}" for name in _OTHERS.split()}
 
+# Characters of our tables, for locales that do not have them.
+PLAIN = {"±": "+-", "Δ": "delta "}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Status 0 for success, 1 for a verification that failed, 2 for bad input."""
+    _print_anything()
     args = _parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
@@ -55,6 +61,20 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:  # a file or a disk that no verb could foresee
         print(f"aaac-gguf: error: {AaacError(f'{e.filename or args.verb}: {e.strerror or e}')}", file=sys.stderr)
         return 2
+
+
+def _print_anything() -> None:
+    """Let standard output and error take every character, also in a locale that does not have it."""
+    codecs.register_error("aaac_gguf.escaped", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="aaac_gguf.escaped")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    characters = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c, escaped(c)) for c in characters), error.end
 
 
 def _show_warning(message: Warning | str, category: object, filename: str, lineno: int, *_: Any, **__: Any) -> None:

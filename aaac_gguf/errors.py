@@ -13,7 +13,19 @@ class AaacError(ValueError):
 
     def __init__(self, message: str) -> None:
         # Names from a damaged file may hold anything: line ends, terminal escapes.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(printable(message))
+
+
+def escaped(character: str) -> str:
+    """Return a character as an escape in ASCII. Python has a byte of a path that is no text as U+DC80 to U+DCFF."""
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return ascii(character)[1:-1]
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for all characters that have no picture."""
+    return "".join(c if c.isprintable() else escaped(c) for c in text)
 
 
 class AaacWarning(UserWarning):

@@ -48,7 +48,7 @@ def source(name: str) -> str:
         if file in seen:
             return ""
         seen.add(file)
-        text = (shipped("cuda_kernels") / file).read_text()
+        text = (shipped("cuda_kernels") / file).read_text("utf-8")
         return re.sub(r'^#include "(\w+\.cuh)"$', lambda match: expand(match[1]), text, flags=re.MULTILINE)
 
     return expand(name)

@@ -100,7 +100,7 @@ def download(version: str) -> Path:
             # With --no-binary :all: pip would compile the build tools too, cmake for one.
             options = ["--no-deps", "--no-binary", up.package, "-d", scratch]
             command = [sys.executable, "-m", "pip", "download", *options, f"{up.package}=={version}"]
-            result = subprocess.run(command, capture_output=True, text=True)
+            result = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if result.returncode or not (Path(scratch) / archive.name).is_file():
                 reason = (result.stderr.strip().splitlines() or ["pip saved no file"])[-1]
                 advice = f"check the network, or put {archive.name} into {cache_dir()}"
@@ -200,7 +200,8 @@ def build_wheel(backend: str = "cpu", arch: str | None = None) -> Path:
         (package / up.folder).parent.mkdir(parents=True, exist_ok=True)
         (package / up.folder).symlink_to(source)
         init = package / "llama_cpp" / "__init__.py"
-        init.write_text(init.read_text().replace(f'"{up.version}"', f'"{up.version}+aaac"'))
+        version = init.read_text("utf-8").replace(f'"{up.version}"', f'"{up.version}+aaac"')
+        init.write_text(version, "utf-8")
         options = ["--no-deps", "--config-settings", f"build-dir={folder / 'build'}", "-w", str(folder / "out")]
         env = os.environ | {"CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {shlex.join(flags)}".strip()}
         _run_logged([sys.executable, "-m", "pip", "wheel", "-v", *options, package], source / f"{folder.name}.log", env)
@@ -236,10 +237,10 @@ def _run_logged(command: Sequence[str | os.PathLike[str]], log: Path, env: Mappi
     """Run a build step with its output in `log`. Its progress is ninja's [done/all]."""
     tail: deque[str] = deque(maxlen=30)
     with (
-        open(log, "a", buffering=1) as f,
+        open(log, "a", buffering=1, encoding="utf-8") as f,
         progress(desc="building llama.cpp", unit="step") as bar,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", env=env
         ) as process,
     ):
         assert process.stdout is not None

@@ -30,7 +30,7 @@ def run_logged_tool(name: str, args: Sequence[str | os.PathLike[str]], log: Path
     """
     with open(log, "wb") as f:
         result = subprocess.run([tool(name), *args], stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    text = log.read_text(errors="replace")
+    text = log.read_text("utf-8", "replace")
     if result.returncode:
         raise _failed(name, result.returncode, text, log)
     return text
@@ -41,7 +41,7 @@ def tool_output(name: str, args: Sequence[str | os.PathLike[str]], log: Path) ->
     with open(log, "wb") as f:
         result = subprocess.run([tool(name), *args], stdout=subprocess.PIPE, stderr=f, stdin=subprocess.DEVNULL)
     if result.returncode:
-        raise _failed(name, result.returncode, log.read_text(errors="replace"), log)
+        raise _failed(name, result.returncode, log.read_text("utf-8", "replace"), log)
     return result.stdout.decode(errors="replace")
 
 
@@ -59,7 +59,8 @@ def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False)
     wrapper = [Path(__file__).parent / "_hf_header.py"] if header_only else []
     program: list[str | Path] = [sys.executable, *wrapper, tree / "convert_hf_to_gguf.py"]
     command = [*program, source, "--outfile", out, "--outtype", outtype]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tree)})
+    env = os.environ | {"PYTHONPATH": str(tree), "PYTHONUTF8": "1"}  # it reads and prints texts as the locale has them
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env)
     if result.returncode or not out.is_file():
         out.unlink(missing_ok=True)
         raise AaacError(f"{source}: llama.cpp's converter refuses this model: {last_error(result.stderr)}")

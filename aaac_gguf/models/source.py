@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def locate(text: str) -> Path:
     if not text.startswith(HUB) and (
         path.exists() or path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)
     ):
+        _check_names(path)
         return path
     import huggingface_hub
     from huggingface_hub import errors
@@ -62,6 +64,16 @@ def locate(text: str) -> Path:
         raise AaacError(f"{text}: not a name on the Hugging Face Hub; expected {HUB}OWNER/NAME") from None
     except OSError as e:
         raise AaacError(f"{text}: cannot be downloaded: {checkpoint.one_line(e)}; try again") from None
+
+
+def _check_names(source: Path) -> None:
+    """Raise AaacError for a folder with a name that the libraries that read its files cannot open."""
+    for path in (source, *source.iterdir()) if source.is_dir() else ():
+        if os.fsencode(path) != str(path).encode(errors="replace"):
+            raise AaacError(
+                f"{path}: the path is not UTF-8, or the locale is not, and then safetensors and tokenizers cannot open "
+                "it; rename it, or set LC_ALL=C.UTF-8"
+            )
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
                 row.scores[text.name] = evaluate.score(path, text, base, options.n_ctx, options.n_chunks)
             row.prompt_speed, row.generation_speed = speeds(path, scratch / "bench.log")
             result.rows.append(row)
-    _write(folder, result)
+    write(folder, result)
     return result
 
 
@@ -154,7 +154,7 @@ def _begin(stem: str, source: Path, full: GgufFile, texts: Sequence[Path], optio
     )
 
 
-def _write(folder: Path, result: Comparison) -> None:
+def write(folder: Path, result: Comparison) -> None:
     """Write comparison.json and comparison.html."""
     content = {
         "comparison.json": json.dumps(asdict(result), indent=1, default=str) + "\n",
@@ -162,7 +162,7 @@ def _write(folder: Path, result: Comparison) -> None:
     }
     for name, text in content.items():
         with atomic(folder / name) as f:
-            f.write(text.encode())
+            f.write(text.encode(errors="backslashreplace"))  # a path may hold bytes that are no text
 
 
 def self_text(source: Path, out: Path, settings: Settings) -> Path:

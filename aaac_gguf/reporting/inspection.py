@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType as T
 
-from ..errors import AaacError
+from ..errors import AaacError, printable
 from ..files import format as fmt
 from ..files.gguf import GgufFile, tensor_bytes
 from ..files.output import atomic
@@ -55,7 +55,7 @@ def plot_codebooks(file: GgufFile, out: Path) -> None:
     axes.set_yticks(range(len(file.codecs)), list(file.codecs), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("level (int8), first codebook blue, second orange")
-    axes.set_title(f"{file.path.name}: learned codebooks")
+    axes.set_title(f"{printable(file.path.name)}: learned codebooks")
     try:
         with atomic(out) as f:
             figure.savefig(f, dpi=120, format=out.suffix[1:] or "png")
