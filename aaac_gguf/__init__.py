@@ -44,6 +44,8 @@ def quantize(
     seed: int = 0,
     device: str = "cpu",
     split_max_size: int | None = None,
+    allow_requantize: bool = False,
+    strict: bool = False,
     resume: bool = False,
 ) -> Report:
     """Quantize a model to a GGUF file, as `aaac-gguf convert` does.
@@ -73,6 +75,8 @@ def quantize(
         bpw=bpw,
         size=size,
         split_max_size=split_max_size,
+        allow_requantize=allow_requantize,
+        strict=strict,
     )
     return convert(_located(source), Path(output), settings, resume)
 

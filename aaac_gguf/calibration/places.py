@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 
+from ..errors import warn
 from ..files.gguf import GgufFile
 from ..models.blocks import Blocks
 from ..models.checkpoint import gguf_names
@@ -63,6 +65,15 @@ class TensorPlaces:
         self.blocks.load(place.block)
         return self.blocks.parameters(place.block)[place.parameter]
 
+    def _warn(self, name: str) -> None:
+        """Warn of a tensor in `without_rows`, unless the same tensor of another decoder block was warned of."""
+        kind = re.sub(r"^blk\.\d+\.", "", name)
+        if sum(other.endswith(kind) for other in self.without_rows) == 1:
+            warn(
+                f"{name}: its rows are not in {self.places[name].parameter}, the converter changed their values; "
+                "what comes after it is calibrated as if it were not quantized"
+            )
+
     def row_map(self, name: str) -> RowMap | None:
         """Return the map from a tensor's rows to its parameter's; None, and an entry in `without_rows`, if not found.
 
@@ -72,4 +83,5 @@ class TensorPlaces:
             self._row_maps[name] = RowMap.find(self.parameter(name), load_weight(self.file, name, "cpu"))
             if self._row_maps[name] is None:
                 self.without_rows.append(name)
+                self._warn(name)
         return self._row_maps[name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from ..calibration.activations import Activations, Squares, importance
@@ -13,6 +15,9 @@ from ..files.gguf import GgufFile
 from ..files.imatrix import Imatrix
 from ..models import checkpoint
 from ..models.blocks import Blocks
+from ..models.finite import finite_logits
+from ..quantizer.moments import Moments
+from .coverage import check_coverage
 from .job import Job
 
 
@@ -22,12 +27,20 @@ class Calibration:
 
     imatrix    their importance, as far as it is known
     measured   second moments of a model that runs, quantized decoder block by decoder block
-    synthetic  second moments from the weights and the importance
+    synthetic  makes second moments from the weights and the importance, for what is not measured
     """
 
     imatrix: Imatrix
     measured: BlockMoments | None = None
-    synthetic: SyntheticMoments | None = None
+    synthetic: Callable[[], SyntheticMoments] | None = None
+
+    @cached_property
+    def _estimated(self) -> SyntheticMoments | None:
+        return self.synthetic() if self.synthetic else None
+
+    def estimated_moments(self, name: str) -> Moments | None:
+        """Return synthetic moments of a tensor; None if there are none. Ask in the order of the decoder blocks."""
+        return self._estimated.moments(name) if self._estimated else None
 
 
 def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
@@ -37,24 +50,30 @@ def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
     transformers cannot run.
     """
     given, settings = job.calibration, job.settings
+
+    def done(imatrix: Imatrix) -> Calibration:
+        check_coverage(job, imatrix)
+        if job.moments == "none" or "token_embd.weight" not in file.tensors:
+            return Calibration(imatrix)
+        synthetic = partial(SyntheticMoments, file, imatrix, settings.device, settings.seed)
+        return Calibration(imatrix, synthetic=synthetic)
+
     if given.kind in ("none", "imatrix"):
-        imatrix = given.imatrix or Imatrix({})
-        if job.moments == "synthetic" and "token_embd.weight" in file.tensors:
-            synthetic = SyntheticMoments(file, imatrix, settings.device, settings.seed)
-            return Calibration(imatrix, synthetic=synthetic)
-        return Calibration(imatrix)
+        return done(given.imatrix or Imatrix({}))
     folder.mkdir(exist_ok=True)
     model = checkpoint.load_model(job.source, settings.device, exact=False, folder=folder)
     tokens = given.tokens
     if tokens is None:
-        tokens = self_tokens(model, settings.sequences, settings.sequence_length, settings.seed)
+        with finite_logits(model):
+            tokens = self_tokens(model, settings.sequences, settings.sequence_length, settings.seed)
     dataset = str(settings.calibration or "self")
     if job.moments != "measured":
-        return Calibration(importance(model, tokens, file.architecture, file.tensors, dataset))
+        return done(importance(model, tokens, file.architecture, file.tensors, dataset))
     n_vocab = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)
     sequences, weights = with_random(tokens, n_vocab, settings.seed)
     activations = Activations(Blocks(model, tokens[:1]), sequences, len(tokens), folder)
     squares = Squares()
     activations.run(squares)
     imatrix = squares.imatrix(model, tokens, file.architecture, file.tensors, dataset)
-    return Calibration(imatrix, BlockMoments(activations, weights, file, job.searched, folder, settings.seed))
+    calibration = done(imatrix)
+    return replace(calibration, measured=BlockMoments(activations, weights, file, job.searched, folder, settings.seed))

@@ -9,13 +9,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gguf import GGMLQuantizationType as T
-
 from ..files.atomic import PARTIAL
-from ..files.imatrix import Coverage, Imatrix
+from ..files.imatrix import Coverage
 from ..files.journal import Journal, Record
 from ..files.output import Output, check_output, check_space
 from ..models import checkpoint
@@ -23,7 +21,8 @@ from ..models.source import full_precision
 from ..models.weights import check_weights
 from ..progress import progress
 from ..quantizer.moments import DAMPING
-from .calibrate import calibrate
+from .calibrate import Calibration, calibrate
+from .coverage import coverage
 from .encoder import quantized_tensors
 from .job import Job, prepare
 from .mixed import mix
@@ -46,6 +45,9 @@ class Report:
     """The result of a conversion, with what its calibration did not reach.
 
     coverage    None without calibration
+    unmeasured  how tensors were rounded of which second moments were to be measured and were not, by name
+    not_moved   tensors whose rows were not found in the model that calibration ran: matrices after them were calibrated
+                on what their full-precision weights compute
     seconds     of the whole conversion
     peak_bytes  of memory, in this process or in llama.cpp's converter, whichever took more
     damped      tensors whose Hessian needed more damping than usual: too few tokens, or channels that never vary
@@ -59,6 +61,8 @@ class Report:
     peak_bytes: int
     damped: list[str]
     left_out: str = ""
+    unmeasured: dict[str, Rounding] = field(default_factory=dict)
+    not_moved: list[str] = field(default_factory=list)
 
     @property
     def n_bytes(self) -> int:
@@ -110,7 +114,7 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
                     bar.update(n_weights[name])
             output.finish()
     files = [shard.path for shard in layout.shards]
-    return _report(job, files, journal.records, calibration.imatrix, time.monotonic() - start)
+    return _report(job, files, journal.records, calibration, time.monotonic() - start)
 
 
 def dry_run(source: Path, out: Path, settings: Settings) -> DryRun:
@@ -128,13 +132,12 @@ def dry_run(source: Path, out: Path, settings: Settings) -> DryRun:
     return DryRun(job.plans, layout.n_bytes, len(layout.shards))
 
 
-def _report(job: Job, files: list[Path], records: dict[str, Record], imatrix: Imatrix, seconds: float) -> Report:
+def _report(
+    job: Job, files: list[Path], records: dict[str, Record], calibration: Calibration, seconds: float
+) -> Report:
     plans = {plan.name: plan for plan in job.plans}
-    searched = set(job.searched)
-    coverage = None
-    if job.calibration.kind != "none":
-        # At 8 bits it makes no difference worth a word.
-        coverage = imatrix.coverage({p.name: p.n_weights for p in job.plans if p.name in searched and p.type != T.Q8_0})
+    measured = calibration.measured
+    planned = {name for name, p in plans.items() if measured and p.rounding == Rounding.FEEDBACK}
     tensors = [
         TensorReport(plans[name], Rounding(r.rounding), r.relative_error, r.weighted_error)
         for name, r in records.items()
@@ -146,7 +149,7 @@ def _report(job: Job, files: list[Path], records: dict[str, Record], imatrix: Im
     return Report(
         files=files,
         tensors=tensors,
-        coverage=coverage,
+        coverage=coverage(job, calibration.imatrix),
         seconds=seconds,
         peak_bytes=1024 * max(usage),
         damped=[
@@ -154,6 +157,12 @@ def _report(job: Job, files: list[Path], records: dict[str, Record], imatrix: Im
             for name, r in records.items()
             if r.damping > DAMPING or (r.damping and n_tokens < plans[name].shape[-1])
         ],
+        unmeasured={
+            name: Rounding(r.rounding)
+            for name, r in records.items()
+            if name in planned and r.rounding != Rounding.FEEDBACK
+        },
+        not_moved=measured.places.without_rows if measured else [],
         left_out=checkpoint.left_out(job.source),
     )
 

@@ -80,13 +80,15 @@ def encode(
     measured: its second moments of the model that runs.
     """
     if plan.rounding == Rounding.COPY:
-        return file.tensors[plan.name].data, Record(plan.rounding)
+        return file.tensors[plan.name].data, Record(plan.rounding, file.codecs.get(plan.name))
     weight = load_weight(file, plan.name, job.settings.device)
     file.release()  # most often `weight` is a copy
     moments = None
-    if plan.rounding == Rounding.FEEDBACK:
-        moments = measured or (calibration.synthetic.moments(plan.name) if calibration.synthetic else None)
-    rounding = plan.rounding if moments or plan.rounding != Rounding.FEEDBACK else plan.without_moments
+    rounding: Rounding = plan.rounding
+    if rounding == Rounding.FEEDBACK:
+        moments = measured or calibration.estimated_moments(plan.name)
+        if not measured:
+            rounding = Rounding.SYNTHETIC if moments else plan.without_moments
     if rounding == Rounding.NEAREST:
         return round_to_nearest(weight, plan.type), Record(rounding)
     settings = job.settings

@@ -75,7 +75,8 @@ class Job:
 
         A conversion that resumes must agree with the interrupted one in all of it.
         """
-        settings = {field.name: str(getattr(self.settings, field.name)) for field in fields(self.settings)}
+        names = [field.name for field in fields(self.settings) if field.name != "strict"]
+        settings = {name: str(getattr(self.settings, name)) for name in names}
         return {
             "version": f"aaac-gguf {__version__}, torch {torch.__version__}",
             **settings,
@@ -131,7 +132,7 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
 
 def output_metadata(file: GgufFile, file_type: int) -> dict[str, Value]:
     """Return a file's metadata for an output of another type, without what belongs to its own shards and codecs."""
-    kept = {key: v for key, v in field_values(file.fields).items() if not key.startswith(("split.", "aaac."))}
+    kept = {key: v for key, v in field_values(file.fields).items() if not key.startswith(("split.", "aaac.", "quantize."))}
     kept["general.file_type"] = Value(int(file_type), GGUFValueType.UINT32)
     kept["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
     return kept
@@ -145,6 +146,8 @@ def _calibration_input(source: Path, header: GgufFile, settings: Settings) -> Ca
     kind = settings.calibration_kind(source)
     n, length = settings.sequences, settings.sequence_length
     if kind in ("self", "text") and source.is_file():
+        if header.codecs:
+            raise AaacError(f"{source}: transformers reads no AAAC types; calibrate with `imatrix`")
         checkpoint.check_gguf(source)
     match kind:
         case "imatrix":

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import gguf
+import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
-from ..errors import AaacError
+from ..errors import AaacError, warn
+from ..files import format as fmt
 from ..files.gguf import GgufFile, TensorInfo, block_number, tensor_bytes
 from ..quantizer.types import TENSOR_TYPES
 from .settings import PLAIN_TYPES, MomentsKind, Settings, parse_type
 
 NOT_WEIGHTS = (T.I8, T.I16, T.I32, T.I64, T.F64)  # what else a full-precision file may hold: copied as it is
+BY_NATURE = (T.MXFP4, T.NVFP4)  # checkpoints are trained in these 4-bit types, and so they are copied too
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 # From so many bits per weight up, search gains nothing for embeddings and the output matrix.
 _FINE_BITS = 5
+# Sources of so many bits per weight are as good as full precision, nearly.
+_REQUANTIZED_BITS = 8
 
 # Weights that llama.cpp itself never quantizes: `tensor_allows_quantization` in src/llama-quant.cpp.
 KEPT = re.compile(
@@ -37,6 +42,7 @@ class Rounding(StrEnum):
     NEAREST = "nearest"  # each to the nearest value, as llama-quantize does without an importance matrix
     IMPORTANCE = "importance"  # searched for the least error under the importance of the inputs
     FEEDBACK = "feedback"  # searched with error feedback under second moments
+    SYNTHETIC = "feedback (synthetic)"  # the same, under moments estimated from the weights and the importance
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,9 @@ def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tup
 
     Matrices get `settings.type`. token_embd and output get `settings.embedding_type`, unless `type` has 8 bits or more.
     moments: what error feedback has to go by. Raises AaacError for an override that makes no sense or matches no
-    tensor, and for a source that is quantized.
+    tensor, and for a source that is quantized to less than 8 bits, unless settings allow it.
     """
+    check_quantized(source, settings.allow_requantize)
     default, embedding = parse_type(settings.type, "type"), parse_type(settings.embedding_type, "embedding_type")
     overrides = [parse_override(*texts) for texts in settings.tensor_types]
     used: set[Override] = set()
@@ -121,9 +128,6 @@ def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tup
     for name, tensor in source.tensors.items():
         if name in unknown:
             continue
-        if tensor.tensor_type not in (*PLAIN_TYPES, *NOT_WEIGHTS):
-            kind = tensor.tensor_type.name
-            raise AaacError(f"{source.path}: tensor {name} is {kind} already; start from the full-precision file")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         wanted, reason = _wanted(name, shape, tensor.tensor_type, default, embedding)
         for override in overrides if is_matrix(name, shape, tensor.tensor_type) else ():
@@ -156,6 +160,33 @@ def _fitting(wanted: T, n_per_row: int, source_type: T) -> T:
     return wanted
 
 
+def check_quantized(source: GgufFile, allowed: bool) -> None:
+    """Warn of a source that is quantized to 8 bits. Raise AaacError for fewer bits and AAAC types, unless allowed."""
+    quantized: dict[T, str] = {}  # the first tensor of each type
+    for name, tensor in source.tensors.items():
+        if tensor.tensor_type not in (*PLAIN_TYPES, *NOT_WEIGHTS, *BY_NATURE):
+            quantized.setdefault(tensor.tensor_type, name)
+    for ggml_type, name in quantized.items():
+        what = f"{source.path}: tensor {name} is {ggml_type.name} already"
+        if not _decodable(ggml_type):
+            raise AaacError(f"{what}, which cannot be decoded here; start from the full-precision file")
+        if not allowed and _bits_per_weight(ggml_type) < _REQUANTIZED_BITS:
+            raise AaacError(f"{what}; start from the full-precision file, or set `allow_requantize`")
+    if quantized:
+        names = ", ".join(t.name for t in quantized)
+        warn(f"{source.path}: is quantized already ({names}), and its errors stay; start from the full-precision file")
+
+
+def _decodable(ggml_type: T) -> bool:
+    if ggml_type in fmt.TYPES_BY_ID:
+        return True
+    try:
+        gguf.dequantize(np.zeros((1, GGML_QUANT_SIZES[ggml_type][1]), np.uint8), ggml_type)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def unknown_integers(source: GgufFile) -> list[str]:
     """Return the integer tensors that llama.cpp does not know. It would refuse a file that holds them."""
     arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == source.architecture), None)
@@ -171,12 +202,14 @@ def unknown_integers(source: GgufFile) -> list[str]:
 def is_matrix(name: str, shape: tuple[int, ...], source_type: T) -> bool:
     """Return whether a tensor is a weight matrix that llama.cpp runs in any type."""
     kept = not name.endswith(".weight") or KEPT.search(name)
-    return source_type in PLAIN_TYPES and len(shape) > 1 and not kept
+    return source_type not in (*NOT_WEIGHTS, *BY_NATURE) and len(shape) > 1 and not kept
 
 
 def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embedding: T) -> tuple[T, str]:
-    if source_type not in PLAIN_TYPES:
+    if source_type in NOT_WEIGHTS:
         return source_type, "not a floating-point weight"
+    if source_type in BY_NATURE:
+        return source_type, "4-bit by nature"
     if len(shape) < 2:
         return T.F32, "one dimension"
     if not is_matrix(name, shape, source_type):

@@ -37,6 +37,8 @@ class Settings:
     bpw              mixed precision: bits per weight of all tensor data together, at most
     size             the same as bytes of all files together
     split_max_size   bytes of tensor data in each file, at most; None for one file
+    strict           make a calibration that does not reach enough of the weights an error
+    allow_requantize quantize a GGUF again that is quantized to less than 8 bits, or to AAAC types
     """
 
     type: str = "AAAC4_G16"
@@ -53,6 +55,8 @@ class Settings:
     bpw: float | None = None
     size: int | None = None
     split_max_size: int | None = None
+    allow_requantize: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         """Raise AaacError for settings that exclude each other or make no sense."""

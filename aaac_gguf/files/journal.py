@@ -26,7 +26,7 @@ from .atomic import PARTIAL, open_alone, write_error
 class Record:
     """A finished tensor, but for its data.
 
-    rounding        how it was rounded: "copy", "nearest", "importance" or "feedback"
+    rounding        how it was rounded: "copy", "nearest", "importance", "feedback" or "feedback (synthetic)"
     codec           of an AAAC tensor
     relative_error  sum (w - q)^2 / sum w^2, and the errors below: None for a tensor that was not rounded by search
     weighted_error  the same under the importance, or under the second moments if there are any

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..conversion.convert import DryRun, Report
+from ..conversion.coverage import in_short
 from ..conversion.plan import TensorPlan
 from .tables import shape_text, table
 
@@ -48,6 +49,14 @@ def convert_text(report: Report) -> str:
     if report.coverage and report.coverage.missed:
         share = f"calibration reached {100 * report.coverage.share:.2f} % of the weights"
         lines.append(f"{share}; not reached: {', '.join(report.coverage.missed)}")
+    for rounding in dict.fromkeys(report.unmeasured.values()):
+        names = in_short(name for name, how in report.unmeasured.items() if how == rounding)
+        lines.append(f"no measured moments, rounded by {rounding.value}: {names}")
+    if report.not_moved:
+        lines.append(
+            f"not found in the model that calibration ran: {in_short(report.not_moved)}; "
+            "matrices after them saw their full-precision weights"
+        )
     if report.damped:
         channels = f"too few for the channels of {', '.join(report.damped)}, damped more than usual"
         lines.append(f"calibrate on more tokens: {channels}")
