@@ -29,7 +29,10 @@ FLAGS = {
     "texts": "--text",
     "output": "-o",
 }
-_OTHERS = "imatrix type embedding_type bpw size method seed device split_max_size resume text types backend arch plot strict"
+_OTHERS = (
+    "imatrix type embedding_type bpw size method seed device split_max_size resume "
+    "text types backend arch plot allow_requantize strict"
+)
 FLAGS |= {name: f"--{name.replace('_', '-')}" for name in _OTHERS.split()}
 
 # Characters of our tables, for locales that do not have them.
@@ -135,6 +138,8 @@ def _add_convert(verbs: Any) -> None:
          help="write files of at most so many bytes of tensor data: 500M, 2G")  # fmt: skip
     flag("--strict", action="store_true", help="end with an error, not a warning, if calibration reaches "
          "less than 95 %% of the weights that it is for")  # fmt: skip
+    flag("--allow-requantize", action="store_true",
+         help="take a GGUF that is quantized to less than 8 bits, or to AAAC types, as the source")  # fmt: skip
     flag("--resume", action="store_true", help="continue the same conversion after it was interrupted")
     flag("--dry-run", action="store_true", help="print the plan and the exact size, write nothing")
     p.set_defaults(run=_convert)
@@ -158,6 +163,7 @@ def _convert(args: argparse.Namespace) -> None:
         "bpw": args.bpw,
         "size": args.size,
         "split_max_size": args.split_max_size,
+        "allow_requantize": args.allow_requantize,
         "strict": args.strict,
     }
     if args.dry_run:

@@ -132,7 +132,8 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
 
 def output_metadata(file: GgufFile, file_type: int) -> dict[str, Value]:
     """Return a file's metadata for an output of another type, without what belongs to its own shards and codecs."""
-    kept = {key: v for key, v in field_values(file.fields).items() if not key.startswith(("split.", "aaac.", "quantize."))}
+    own = ("split.", "aaac.", "quantize.")
+    kept = {key: v for key, v in field_values(file.fields).items() if not key.startswith(own)}
     kept["general.file_type"] = Value(int(file_type), GGUFValueType.UINT32)
     kept["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
     return kept

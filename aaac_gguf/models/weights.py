@@ -1,4 +1,4 @@
-"""Read and check the weights of a full-precision GGUF, as torch tensors."""
+"""Read and check the weights of a GGUF, as torch tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as T
 
 from ..errors import AaacError
-from ..files.gguf import GgufFile, TensorInfo, field_values, render_header
+from ..files.gguf import GgufFile, TensorInfo, dequantize, field_values, render_header
 from ..progress import progress
 
 
@@ -25,7 +25,7 @@ def check_weights(file: GgufFile, largest: Mapping[str, float] | None = None) ->
     infos = [TensorInfo(name, shape, file.tensors[name].tensor_type) for name, shape in file.shapes.items()]
     digest = hashlib.sha256(render_header(field_values(file.fields), infos))
     for name, tensor in progress(file.tensors.items(), desc="checking weights", unit="tensor"):
-        if tensor.tensor_type in (T.F32, T.F16, T.BF16):
+        if tensor.tensor_type not in (T.I8, T.I16, T.I32, T.I64, T.F64):
             stored = _stored(file, name)
             if not torch.isfinite(stored).all():
                 what = "holds NaN or Inf; the checkpoint is broken, download it again"
@@ -45,17 +45,22 @@ def check_largest(path: Path, name: str, weight: torch.Tensor, largest: float) -
         )
 
 
-def _stored(file: GgufFile, name: str) -> torch.Tensor:
-    """Return a floating-point tensor in its own dtype, memory-mapped."""
+def _stored(file: GgufFile, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a floating-point tensor in its own dtype, memory-mapped, and a quantized one decoded to float32."""
     tensor = file.tensors[name]
-    data = torch.from_numpy(np.asarray(tensor.data))
-    return data.view(torch.bfloat16) if tensor.tensor_type == T.BF16 else data
+    data = np.asarray(tensor.data)
+    if tensor.tensor_type not in (T.F32, T.F16, T.BF16):
+        some = data if rows is None else data[rows.numpy()]
+        return torch.from_numpy(dequantize(some, tensor.tensor_type, file.codecs.get(name)))
+    stored = torch.from_numpy(data)
+    if tensor.tensor_type == T.BF16:
+        stored = stored.view(torch.bfloat16)
+    return stored if rows is None else stored[rows]
 
 
 def load_weight(file: GgufFile, name: str, device: str, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the float32 weights [..., K] of a full-precision tensor on `device`.
+    """Return the float32 weights [..., K] of a tensor on `device`.
 
     rows: int64 [n], those of its first dimension to return; all if None.
     """
-    stored = _stored(file, name)
-    return (stored if rows is None else stored[rows]).to(device).float()
+    return _stored(file, name, rows).to(device).float()

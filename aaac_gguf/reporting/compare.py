@@ -193,7 +193,8 @@ def stock_quantize(full: Path, out: Path, recipe: str, imatrix: Path | None, emb
     importance: list[str | Path] = ["--imatrix", imatrix] if imatrix else []
     embeddings = ["--token-embedding-type", embedding_type.lower(), "--output-tensor-type", embedding_type.lower()]
     partial, log = out.with_name(out.name + ".partial"), out.with_suffix(".log")
-    tools.run_logged_tool("llama-quantize", [*importance, *embeddings, full, partial, recipe], log)
+    args = ["--allow-requantize", *importance, *embeddings, full, partial, recipe]
+    tools.run_logged_tool("llama-quantize", args, log)
     partial.replace(out)
 
 
