@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .reporting.results import Comparison, Verification
 
 __version__ = "0.1.0"
-__all__ = ["compare", "inference", "load", "plan", "quantize", "quantize_tensor", "verify"]
+__all__ = ["card", "compare", "inference", "load", "plan", "quantize", "quantize_tensor", "verify"]
 
 
 def quantize(
@@ -176,6 +176,16 @@ def verify(
 
     found = source if source is None else _located(source)
     return verify_file(Path(file), found, Path(text) if text else None, Path(imatrix) if imatrix else None, gpu)
+
+
+def card(file: str | Path, comparison: str | Path | None = None) -> str:
+    """Return a model card for the Hugging Face Hub, in Markdown, as `aaac-gguf card` writes it.
+
+    comparison: the comparison.json of `compare`, for a table of what was measured. Raises AaacError for bad input.
+    """
+    from .reporting.card import card as make_card
+
+    return make_card(Path(file), Path(comparison) if comparison else None)
 
 
 def _located(source: str | Path) -> Path:

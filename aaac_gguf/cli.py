@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import __version__, compare, load, plan, quantize, verify
+from . import __version__, card, compare, load, plan, quantize, verify
 from .errors import AaacError, AaacWarning, escaped
 
 # The flag of each setting that the library's errors name in backquotes.
@@ -31,7 +31,7 @@ FLAGS = {
 }
 _OTHERS = (
     "imatrix type embedding_type bpw size method seed device split_max_size resume "
-    "text types backend arch plot allow_requantize strict"
+    "text types backend arch plot comparison allow_requantize strict"
 )
 FLAGS |= {name: f"--{name.replace('_', '-')}" for name in _OTHERS.split()}
 
@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aaac-gguf", description=about)
     parser.add_argument("--version", action="version", version=f"aaac-gguf {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
-    for add in (_add_convert, _add_verify, _add_dequantize, _add_inspect, _add_compare, _add_demo, _add_llama):
+    files = _add_convert, _add_verify, _add_dequantize, _add_inspect, _add_compare, _add_card
+    for add in (*files, _add_demo, _add_llama):
         add(verbs)
     return parser
 
@@ -266,6 +267,28 @@ def _compare(args: argparse.Namespace) -> None:
     )
     print(tables.comparison_text(result))
     print(f"\nwrote {args.output / 'comparison.json'} and, with plots, {args.output / 'comparison.html'}")
+
+
+def _add_card(verbs: Any) -> None:
+    p = verbs.add_parser("card", help="write a model card for the Hugging Face Hub")
+    p.add_argument("file", type=Path, metavar="FILE.gguf")
+    p.add_argument("--comparison", type=Path, metavar="JSON", help="comparison.json of compare, for its tables")
+    p.add_argument("-o", "--output", type=Path, metavar="README.md", help="where to write (default: print it)")
+    p.set_defaults(run=_card)
+
+
+def _card(args: argparse.Namespace) -> None:
+    from .files.atomic import atomic
+    from .files.output import check_output
+
+    text = card(args.file, args.comparison)
+    if args.output is None:
+        print(text, end="")
+        return
+    check_output(args.output, args.file)
+    with atomic(args.output) as f:
+        f.write(text.encode(errors="backslashreplace"))
+    print(f"wrote {args.output}")
 
 
 def _add_demo(verbs: Any) -> None:
