@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import gguf
 from ..errors import AaacError
 from ..files.gguf import read_model
 from .blocks import block_list
+from .files import few, main_dtype, read_json, stored_tensors, weight_files
 
 # The share of the device's memory that a model's weights may take before they stay on disk.
 WEIGHTS_SHARE = 0.5
@@ -26,34 +27,23 @@ def check(source: Path) -> dict[str, Any]:
 
     Raises AaacError that names the file that is missing, damaged or cut short.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not source.exists():
         raise AaacError(f"{source}: no such file or directory; give a Hugging Face model folder or a GGUF file")
     if not source.is_dir():
         raise AaacError(f"{source}: neither a folder nor a GGUF file; give a Hugging Face model folder or a GGUF file")
     if not (source / "config.json").is_file():
         raise AaacError(f"{source}: has no config.json; give the folder of a Hugging Face model")
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     if not config.get("architectures"):
         raise AaacError(
             f'{source / "config.json"}: names no architectures; add the model class, for example ["LlamaForCausalLM"]'
         )
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        for name in sorted(set(_read_json(index).get("weight_map", {}).values())):
-            if not (source / name).is_file():
-                raise AaacError(f"{source / name}: is listed in {index.name} and missing; download it")
-    if not any(next(source.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
+    if (named := config.get("transformers_weights")) and not any(p.name in named for p in weight_files(source)):
         raise AaacError(
-            f"{source}: has no *.safetensors files; give the folder of a Hugging Face model with its weights"
+            f"{source / 'config.json'}: transformers_weights names {named}, which llama.cpp's converter does not read; "
+            "rename that file to model.safetensors, and remove the key"
         )
-    for path in sorted(source.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (SafetensorError, OSError) as e:
-            raise AaacError(f"{path}: damaged or cut short ({e}); download it again") from None
+    stored_tensors(source)
     return config
 
 
@@ -80,22 +70,22 @@ def check_gguf(source: Path) -> str:
             "give the Hugging Face folder, or calibrate with `imatrix`"
         )
     try:
-        _transformers().AutoConfig.from_pretrained(**_location(source))
+        quiet_transformers().AutoConfig.from_pretrained(**_location(source))
     except Exception as e:
         raise _cannot_load(source, e) from None
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[max(sizes, key=lambda kind: sizes[kind])]
 
 
-def stored_dtype(config: dict[str, Any]) -> str:
-    """Return the dtype that a config.json names, by either of its keys; empty if none."""
-    return str(config.get("dtype", config.get("torch_dtype", "")))
+def stored_dtype(source: Path) -> str:
+    """Return the dtype of a folder's weights, as `main_dtype`. What config.json says of it is not always true."""
+    return main_dtype(stored_tensors(source))
 
 
 def left_out(source: Path) -> str:
     """Return one line on the parts of a source's model that do not go into the file; empty if all do."""
     if not source.is_dir():
         return ""
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     parts = [
         part
         for part in ("vision", "audio")
@@ -120,12 +110,12 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
 
     Raises AaacError for what transformers cannot load.
     """
-    transformers = _transformers()
-    stored = check_gguf(source) if source.is_file() else stored_dtype(_read_json(source / "config.json"))
+    transformers = quiet_transformers()
+    stored = check_gguf(source) if source.is_file() else stored_dtype(source)
     if device == "cpu" and (exact or not (stored == "bfloat16" and _multiplies_bfloat16())):
         dtype = "float32"
     else:
-        dtype = stored if source.is_file() else "auto"
+        dtype = stored or "auto"
     options: dict[str, Any] = {}
     if source.is_file() and hasattr(transformers, "GgufConfig"):  # versions without it have only plain weights
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -134,21 +124,24 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
             options |= {"device_map": _device_map(source, device, dtype), "offload_folder": folder}
         # No setting of transformers hides the progress bar that it has for a GGUF.
         with contextlib.redirect_stderr(io.StringIO()) if source.is_file() else contextlib.nullcontext():
-            model = _model_class(source).from_pretrained(
+            model, loaded = _model_class(source).from_pretrained(
                 **_location(source),
                 dtype=dtype,
+                output_loading_info=True,
                 experts_implementation="eager",  # one expert's product at a time, so that its inputs can be seen
                 **options,
             )
     except Exception as e:  # transformers raises whatever the model's own code raises
         raise _cannot_load(source, e) from None
+    if missing := loaded["missing_keys"]:
+        raise AaacError(f"{source}: lacks weights that the model needs: {few(sorted(missing))}; download it again")
     return (model if hasattr(model, "hf_device_map") else model.to(device)).eval()
 
 
 def load_tokenizer(source: Path) -> Any:
     """Load the tokenizer of a folder or of a GGUF file. Raises AaacError for what transformers cannot load."""
     try:
-        return _transformers().AutoTokenizer.from_pretrained(**_location(source))
+        return quiet_transformers().AutoTokenizer.from_pretrained(**_location(source))
     except Exception as e:
         raise AaacError(
             f"{source}: transformers cannot load the tokenizer ({one_line(e)}); "
@@ -168,10 +161,16 @@ def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collec
         return []
     names = gguf.get_tensor_name_map(arch, n_layers)
     parameter = parameter.replace("language_model.", "", 1)  # inside a model that reads images or sounds too
-    fused = ".experts." in parameter
-    parts = [parameter.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")] if fused else []
-    candidates = [names.get_name(key, try_suffixes=(".weight", ".bias")) for key in (parameter, *parts)]
+    spellings = [parameter]
+    # The gguf library knows the names of checkpoints on disk. transformers gives all mixtures the same names inside.
+    spellings += [re.sub(r"(layers\.\d+\.)\w+\.(experts\.)", r"\1mlp.\2", parameter)]
+    spellings += [re.sub(r"shared_mlp\.input_linear", "mlp.shared_expert.gate_up_proj", parameter)]
+    if "expert" in spellings[-1]:
+        spellings += [key.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj") for key in spellings]
+    candidates = [names.get_name(key, try_suffixes=(".weight", ".bias")) for key in spellings]
     stems = [name.removesuffix(".weight") for name in candidates if name]
+    # The converter cuts MLA's projection of keys and values in two. That of the keys is transposed: it gets queries.
+    stems += [stem.replace("attn_kv_b", "attn_v_b") for stem in stems]
     return [f"{stem}.weight" for stem in dict.fromkeys(stems) if f"{stem}.weight" in present]
 
 
@@ -180,7 +179,7 @@ def one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def _transformers() -> Any:
+def quiet_transformers() -> Any:
     """Import transformers with progress bars and warnings off, also those of accelerate.
 
     They warn of what is meant to be so: weights on disk, a reference implementation in place of a GPU kernel.
@@ -200,8 +199,8 @@ def _model_class(source: Path) -> Any:
     """
     from transformers.models.auto import modeling_auto
 
-    transformers = _transformers()
-    config = _read_json(source / "config.json") if source.is_dir() else {}
+    transformers = quiet_transformers()
+    config = read_json(source / "config.json") if source.is_dir() else {}
     for kind in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
         wrappers = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {})
         if wrappers.get(config.get("model_type")) in config.get("architectures", ()):
@@ -210,6 +209,15 @@ def _model_class(source: Path) -> Any:
                 "MULTIMODAL_LM": transformers.AutoModelForMultimodalLM,
             }[kind]
     return transformers.AutoModelForCausalLM
+
+
+def concrete_class(source: Path, config: Any) -> Any:
+    """Return the class of the model itself that `load_model` loads, or else the one that config.json names.
+
+    config: transformers' own of the source. Raises an exception of any kind for what transformers does not know.
+    """
+    mapping = _model_class(source)._model_mapping
+    return mapping[type(config)] if type(config) in mapping else getattr(quiet_transformers(), config.architectures[0])
 
 
 def _cannot_load(source: Path, error: Exception) -> AaacError:
@@ -229,7 +237,7 @@ def _device_map(source: Path, device: str, dtype: str) -> dict[str, str] | None:
     """Return accelerate's map from modules to a device or "disk"; None if all fits on the device."""
     import torch
 
-    transformers = _transformers()
+    transformers = quiet_transformers()
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source)
         model = _model_class(source).from_config(config)
@@ -256,13 +264,3 @@ def _multiplies_bfloat16() -> bool:
 def _memory() -> int:
     """Return the bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as e:
-        raise AaacError(f"{path}: not valid JSON ({e}); download it again") from None
-    if not isinstance(value, dict):
-        raise AaacError(f"{path}: not a JSON object; download it again")
-    return value

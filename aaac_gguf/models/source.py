@@ -13,8 +13,11 @@ from ..errors import AaacError
 from ..files.gguf import GgufFile, read, read_model
 from ..llama import tools
 from . import checkpoint
+from .completeness import check_blocks, check_tensors
 
 HUB = "hf://"
+# The converter's names of dtypes. It guesses from the first matrix, which may be one of a few of another dtype.
+_OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Configuration, tokenizer, weights, and the model card, from which llama.cpp's converter takes the licence.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md"]
 _NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights in other formats
@@ -93,9 +96,13 @@ def full_precision(source: Path, scratch: Path, header_only: bool = False) -> It
         yield file
         return
     config = checkpoint.check(source)
-    dtype = checkpoint.stored_dtype(config)
+    if header_only:
+        check_tensors(source, config)
+    outtype = _OUTTYPES.get(checkpoint.stored_dtype(source), "auto")
     scratch.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
         out = Path(folder) / "source.gguf"
-        tools.convert_hf(source, out, "f32" if dtype == "float32" else "auto", header_only)
-        yield read(out)
+        tools.convert_hf(source, out, outtype, header_only)
+        file = read(out)
+        check_blocks(source, file)
+        yield file
