@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,25 @@ def matvec_times(cp: Any, cache: int, copy: float, progress: Callable[[str], Non
             for n in MATVEC_COLUMNS:
                 x = cp.random.default_rng(0).standard_normal((n, k), dtype=cp.float32)
                 q8, out = kernels.quantize_activations(x), cp.empty((n, n_rows), cp.float32)
-                launches = [
-                    lambda w=w, q8=q8, out=out, k=k: kernels.matvec_into(qtype, params, w, q8, "", k, out)
-                    for w in weights
-                ]
+                launches = [partial(kernels.matvec_into, qtype, params, w, q8, "", k, out) for w in weights]
                 seconds, least, greatest = timed_graph(cp, launches)
                 moved = n_bytes + q8.nbytes + out.nbytes
                 rate = moved / seconds
-                rows.append({"type": qtype.name, "shape": shape_name, "n": n_rows, "k": k, "columns": n, "us": seconds * 1e6, "us_least": least * 1e6,
-                             "us_greatest": greatest * 1e6, "bytes": moved, "gb_per_s": rate / 1e9, "of_copy": rate / copy})  # fmt: skip
+                rows.append(
+                    {
+                        "type": qtype.name,
+                        "shape": shape_name,
+                        "n": n_rows,
+                        "k": k,
+                        "columns": n,
+                        "us": seconds * 1e6,
+                        "us_least": least * 1e6,
+                        "us_greatest": greatest * 1e6,
+                        "bytes": moved,
+                        "gb_per_s": rate / 1e9,
+                        "of_copy": rate / copy,
+                    }
+                )
             progress(f"matvec {qtype.name} {shape_name}")
             del weights
             cp.get_default_memory_pool().free_all_blocks()
@@ -150,17 +161,27 @@ def matmul_times(cp: Any, cache: int, progress: Callable[[str], None]) -> list[d
         for qtype in TYPES.values():
             weights, codec = random_weights(cp, qtype, n_rows, k, copies_for(cache, n_rows * qtype.row_bytes(k)))
             params, out = kernels.codec_params(qtype, codec), cp.empty((n, n_rows), cp.float32)
-            launches = [
-                lambda w=w, x=x, out=out: kernels.matmul_into(qtype, params, w, x, "float16", k, out) for w in weights
-            ]
+            launches = [partial(kernels.matmul_into, qtype, params, w, x, "float16", k, out) for w in weights]
             fused, least, greatest = timed_graph(cp, launches)
             # what the llama.cpp patch does for prompts: decode to float16, then cuBLAS
-            decode, _, _ = timed(cp, [lambda w=w: kernels.dequant(qtype, w, codec, "float16") for w in weights])  # noqa: B023
+            decode, _, _ = timed(cp, [partial(kernels.dequant, qtype, w, codec, "float16") for w in weights])
             flop = 2 * n_rows * k * n
-            rows.append({"type": qtype.name, "n": n_rows, "k": k, "columns": n, "us_fused": fused * 1e6, "us_fused_least": least * 1e6,
-                         "us_fused_greatest": greatest * 1e6, "us_decode": decode * 1e6, "us_cublas_f16": cublas * 1e6,
-                         "tflops_fused": flop / fused / 1e12, "tflops_decode_cublas": flop / (decode + cublas) / 1e12,
-                         "tflops_cublas_f16": flop / cublas / 1e12})  # fmt: skip
+            rows.append(
+                {
+                    "type": qtype.name,
+                    "n": n_rows,
+                    "k": k,
+                    "columns": n,
+                    "us_fused": fused * 1e6,
+                    "us_fused_least": least * 1e6,
+                    "us_fused_greatest": greatest * 1e6,
+                    "us_decode": decode * 1e6,
+                    "us_cublas_f16": cublas * 1e6,
+                    "tflops_fused": flop / fused / 1e12,
+                    "tflops_decode_cublas": flop / (decode + cublas) / 1e12,
+                    "tflops_cublas_f16": flop / cublas / 1e12,
+                }
+            )
         progress(f"matmul {n} columns")
     return rows
 
@@ -191,22 +212,51 @@ def main() -> None:
     cache = int(properties["l2CacheSize"])
     copy = copy_rate(cp)
     progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    device = {"name": properties["name"].decode(), "l2_bytes": cache, "multiprocessors": properties["multiProcessorCount"],
-              "cuda": cp.cuda.runtime.runtimeGetVersion(), "driver": cp.cuda.runtime.driverGetVersion(), "copy_gb_per_s": copy / 1e9}  # fmt: skip
+    device = {
+        "name": properties["name"].decode(),
+        "l2_bytes": cache,
+        "multiprocessors": properties["multiProcessorCount"],
+        "cuda": cp.cuda.runtime.runtimeGetVersion(),
+        "driver": cp.cuda.runtime.driverGetVersion(),
+        "copy_gb_per_s": copy / 1e9,
+    }
     results = {"device": device, "registers": registers(cp), "matvec": matvec_times(cp, cache, copy, progress)}
     results["matmul"] = matmul_times(cp, cache, progress)
     (out / "gpu-kernels.json").write_text(json.dumps(results, indent=1) + "\n")
 
-    few = [(r["type"], r["shape"], f"{r['n']} x {r['k']}", str(r["columns"]), f"{r['us']:.2f}", f"{r['us_least']:.2f} - {r['us_greatest']:.2f}",
-            f"{r['gb_per_s']:.0f}", f"{r['of_copy']:.1%}") for r in results["matvec"]]  # fmt: skip
-    many = [(r["type"], str(r["columns"]), f"{r['us_fused']:.1f}", f"{r['tflops_fused']:.1f}", f"{r['tflops_decode_cublas']:.1f}",
-             f"{r['tflops_cublas_f16']:.1f}") for r in results["matmul"]]  # fmt: skip
-    text = "\n\n".join([
-        f"{device['name']}, CUDA {device['cuda']}: device-to-device copy {copy / 1e9:.0f} GB/s (read + written)",
-        "Few columns, 8-bit activations\n" + table(("type", "matrix", "N x K", "columns", "us", "range", "GB/s", "of copy"), few),
-        f"Many columns, {MATMUL_SHAPE[0]} x {MATMUL_SHAPE[1]}\n"
-        + table(("type", "columns", "us fused", "TFLOP/s fused", "decode + cuBLAS", "cuBLAS f16"), many),
-    ])  # fmt: skip
+    few = [
+        (
+            r["type"],
+            r["shape"],
+            f"{r['n']} x {r['k']}",
+            str(r["columns"]),
+            f"{r['us']:.2f}",
+            f"{r['us_least']:.2f} - {r['us_greatest']:.2f}",
+            f"{r['gb_per_s']:.0f}",
+            f"{r['of_copy']:.1%}",
+        )
+        for r in results["matvec"]
+    ]
+    many = [
+        (
+            r["type"],
+            str(r["columns"]),
+            f"{r['us_fused']:.1f}",
+            f"{r['tflops_fused']:.1f}",
+            f"{r['tflops_decode_cublas']:.1f}",
+            f"{r['tflops_cublas_f16']:.1f}",
+        )
+        for r in results["matmul"]
+    ]
+    text = "\n\n".join(
+        [
+            f"{device['name']}, CUDA {device['cuda']}: device-to-device copy {copy / 1e9:.0f} GB/s (read + written)",
+            "Few columns, 8-bit activations\n"
+            + table(("type", "matrix", "N x K", "columns", "us", "range", "GB/s", "of copy"), few),
+            f"Many columns, {MATMUL_SHAPE[0]} x {MATMUL_SHAPE[1]}\n"
+            + table(("type", "columns", "us fused", "TFLOP/s fused", "decode + cuBLAS", "cuBLAS f16"), many),
+        ]
+    )
     (out / "gpu-kernels.txt").write_text(text + "\n")
     print(text)
 

@@ -116,9 +116,11 @@ def summary(results: dict[str, Any]) -> str:
         ratios = [f"{speed[name][t] / speed[other][t]:.3f}" if other in speed else "-" for t, other in RATIOS]
         rows.append((name, f"{results['bytes'][name] / 1e9:.2f}", *cells, *ratios))
     heading = ("type", "GB", *(f"{t}, tokens/s (range)" for t in TESTS), *(f"{t} / {other}" for t, other in RATIOS))
-    title = f"{results['device']}, {results['llama.cpp']}, random weights in the shape of Llama 8B, rounds: {len(results['rounds'])}"
+    rounds = f"rounds: {len(results['rounds'])}"
+    title = f"{results['device']}, {results['llama.cpp']}, random weights in the shape of Llama 8B, {rounds}"
     quantizer = [
-        f"quantize to AAAC4_G16 on the GPU, importance given, method {method}: {seconds:.1f} s (one layer times {SHAPE.n_layers})"
+        f"quantize to AAAC4_G16 on the GPU, importance given, method {method}: {seconds:.1f} s "
+        f"(one layer times {SHAPE.n_layers})"
         for method, seconds in results["quantizer_seconds"].items()
     ]
     return "\n".join([title, table(heading, rows), "", *quantizer])

@@ -4,8 +4,8 @@
 
 Every row replaces the weights of all linear layers of the decoder by what its format can hold. Embeddings, norms and
 the output matrix stay as they are. The protocol is llama-perplexity's (`-c 512`): BOS in place of each chunk's first
-token, and only positions 256 to 510 of a chunk are scored. Bars are the standard error over chunks. Rows other than ours
-are reconstructions in torch of what the paper and its neighbours compare with, each at
+token, and only positions 256 to 510 of a chunk are scored. Bars are the standard error over chunks. Rows other than
+ours are reconstructions in torch of what the paper and its neighbours compare with, each at
 its own bits per weight; files of stock llama.cpp types are decoded by the gguf library.
 """
 
@@ -74,7 +74,7 @@ Method = Callable[[Layer, int], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """A format: how it reconstructs a layer, for the full model's inputs or for those of the quantized layers before it."""
+    """A format: how it reconstructs a layer, for the full model's inputs or those of the quantized layers before."""
 
     name: str
     bits_per_weight: float
@@ -135,7 +135,7 @@ def rtn(layer: Layer, seed: int) -> Tensor:
 
 
 def fp4_or_int4(tables: list[Tensor]) -> Method:
-    """Round groups of 16 with an FP8 scale to the better of the tables: NVFP4 has one, IF4 two (the scale's sign bit)."""
+    """Round groups of 16 with an FP8 scale to the better of the tables. NVFP4 has one, IF4 has two."""
 
     def reconstruct(layer: Layer, seed: int) -> Tensor:
         groups, largest = grouped(layer.weight, 16)

@@ -78,9 +78,10 @@ def main() -> None:
             commands["llama-quantize, IQ4_NL"] = [*stock, "IQ4_NL", str(args.threads)]
         for _ in range(args.rounds):
             for name, command in commands.items():
-                results.setdefault(name, []).append(timed(command, args.threads))
+                latest = timed(command, args.threads)
+                results.setdefault(name, []).append(latest)
                 print(
-                    f"{name:30} {results[name][-1]['seconds']:7.1f} s, peak {results[name][-1]['peak_bytes'] / 2**30:.2f} GiB",
+                    f"{name:30} {latest['seconds']:7.1f} s, peak {latest['peak_bytes'] / 2**30:.2f} GiB",
                     flush=True,
                 )
     for name, runs in results.items():

@@ -1,10 +1,11 @@
-"""A fuzzer for the readers of model and importance files: any bytes give a file that works, or an AaacError of one line.
+"""Fuzz the readers of model and importance files: any bytes give a file that works, or an AaacError of one line.
 
     pip install atheris
     python tests/fuzz_reader.py --seconds 60
 
-Coverage-guided (libFuzzer), half of the mutations aware of the header's structure. It ends with status 0 after that time, or at the first
-failure with another status, a traceback and the name of the file that made it: any other exception, 2 GiB of memory, 10 seconds for one file.
+Coverage-guided (libFuzzer). Half of the mutations know the header's structure. It ends with status 0 after that time,
+or at the first failure with another status, a traceback and the name of the file that made it. A failure is any other
+exception, 2 GiB of memory, or 10 seconds for one file.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class Place(NamedTuple):
 
 
 SCALAR_SIZES = {
-    V.UINT8: 1, V.INT8: 1, V.BOOL: 1, V.UINT16: 2, V.INT16: 2, V.UINT32: 4, V.INT32: 4, V.FLOAT32: 4, V.UINT64: 8, V.INT64: 8, V.FLOAT64: 8,
+    V.UINT8: 1, V.INT8: 1, V.BOOL: 1, V.UINT16: 2, V.INT16: 2,
+    V.UINT32: 4, V.INT32: 4, V.FLOAT32: 4, V.UINT64: 8, V.INT64: 8, V.FLOAT64: 8,
 }  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def change(kv: Metadata, rng: random.Random) -> Metadata:
-    """Yield metadata in which one aaac.* key is missing, repeated, reordered, out of range, or of another type or length."""
+    """Yield metadata in which one aaac.* key is missing, repeated, reordered, out of range, or of another type."""
     key = rng.choice(
         [fmt.KEY_VERSION, fmt.KEY_TENSOR_NAMES, fmt.KEY_CODEBOOKS, fmt.KEY_SCALE_BASE, fmt.KEY_SCALE_MANTISSA_BITS]
     )

@@ -56,14 +56,15 @@ def test_the_whole_way(name, patched, tmp_path):
     assert [n for n in report.coverage.missed if "expert" not in n] == []
     result = verify.verify(out, source, resources.SAMPLE_TEXT)
     print(
-        f"{name}: mean KL divergence {result.mean_kld:.6f}, same top token {result.same_top:.4f} on {result.n_tokens} tokens"
+        f"{name}: mean KL divergence {result.mean_kld:.6f}, "
+        f"same top token {result.same_top:.4f} on {result.n_tokens} tokens"
     )
     assert result.failures == []
     assert all(t.weighted is not None for t in result.tensors if t.name in file.codecs)
 
 
 def gpt2_gguf(model, tokenizer_from: gguf_io.GgufFile, path):
-    """The model as llama.cpp's converter writes it, with a tokenizer that it would not take for a GPT-2's: matrices turned round, names mapped."""
+    """Write the model as llama.cpp's converter does, with a tokenizer that it would not take for a GPT-2's."""
     config = model.config
     numbers = {
         "context_length": 512,
@@ -97,7 +98,7 @@ def gpt2_gguf(model, tokenizer_from: gguf_io.GgufFile, path):
 
 @pytest.mark.llama
 def test_gpt2(patched, demo_full, tmp_path):
-    """Biases, learned positions, and matrices that transformers keeps transposed. From a GGUF: the converter wants GPT-2's own vocabulary."""
+    """Biases, learned positions, transposed matrices. From a GGUF, since the converter wants GPT-2's own vocabulary."""
     torch.manual_seed(0)
     sizes = {"n_positions": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
     model = transformers.GPT2LMHeadModel(
