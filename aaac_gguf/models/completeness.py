@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from .files import StoredTensor, few, ignored_files, stored_tensors
 # What a quantized matrix is named in the file, and the name that the model has for it.
 _PACKED = ((".qweight", ".weight"), (".weight_packed", ".weight"), ("_blocks", ""))
 
+_EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)(?P<part>\..*)")
+
 
 def check_tensors(source: Path, config: Mapping[str, Any]) -> None:
     """Compare the tensors of a folder with those of transformers' model, of which no weight is made or read.
@@ -27,18 +30,18 @@ def check_tensors(source: Path, config: Mapping[str, Any]) -> None:
     if ignored := ignored_files(source):
         warn(f"{source}: not read, since model.safetensors or its index goes before: {few(ignored)}")
     quantized = bool(config.get("quantization_config"))
-    found = _loading_info(source, stored_tensors(source), quantized)
-    if found is None:
-        return
-    missing, mismatched = sorted(found["missing_keys"]), found["mismatched_keys"]
-    if missing:
+    tensors = stored_tensors(source)
+    found = _loading_info(source, tensors, quantized)
+    if missing := _missing_experts(tensors) or sorted(found["missing_keys"] if found else ()):
         raise AaacError(
             f"{source}: {len(missing)} tensors that the model needs are missing: {few(missing)}; "
             "download the weights again, or correct config.json"
         )
-    if quantized:  # scales and zero points are no parameters of the model, and packed matrices have other shapes
+    if (
+        not found or quantized
+    ):  # scales and zero points are no parameters of the model, and packed matrices have other shapes
         return
-    if mismatched:
+    if mismatched := found["mismatched_keys"]:
         name, stored, expected = next(iter(sorted(mismatched)))[:3]
         raise AaacError(
             f"{source}: tensor {name} is {list(stored)}, and config.json makes it {list(expected)}; "
@@ -97,6 +100,23 @@ def _loading_info(source: Path, tensors: Mapping[str, StoredTensor], quantized: 
     except Exception:  # whatever the model's code raises: the converter, or loading it for calibration, will say more
         return None
     return dict(info)
+
+
+def _missing_experts(names: Collection[str]) -> list[str]:
+    """Return the tensors that some experts of a layer lack and others have."""
+    layers: dict[str, tuple[set[str], set[str]]] = {}
+    for name in names:
+        if found := _EXPERT.fullmatch(name):
+            experts, parts = layers.setdefault(found["layer"], (set(), set()))
+            experts.add(found["expert"])
+            parts.add(found["part"])
+    wanted = (
+        f"{layer}{expert}{part}"
+        for layer, (experts, parts) in layers.items()
+        for expert in range(max(map(int, experts)) + 1)
+        for part in parts
+    )
+    return sorted(set(wanted) - set(names))
 
 
 def _plain(name: str) -> str:

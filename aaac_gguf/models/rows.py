@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,12 @@ class RowMap:
     def find(cls, parameter: Tensor, weight: Tensor) -> RowMap | None:
         """Look up the rows of a tensor `weight` [..., K] by their values.
 
-        Return None if the parameter lacks one of them: then the converter changed the values.
+        The converter rounds a parameter of another dtype than most have. Return None if the parameter lacks a row even
+        when rounded: then the converter changed the values.
         """
         wanted = weight.float().cpu().reshape(-1, weight.shape[-1])
-        for transposed in (False, True):
-            values = _oriented(parameter.detach(), transposed).float().cpu()
+        for dtype, transposed in itertools.product((torch.float32, torch.bfloat16, torch.float16), (False, True)):
+            values = _oriented(parameter.detach(), transposed).to(dtype).float().cpu()
             if values.shape[-1] != wanted.shape[-1]:
                 continue
             order = _find_rows(values.reshape(-1, values.shape[-1]), wanted)

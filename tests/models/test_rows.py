@@ -30,3 +30,13 @@ def test_rows_are_put_back_where_they_were_found(shape, transposed):
     after = parameter.data.transpose(-2, -1) if transposed else parameter.data
     assert torch.equal(after[..., 1::2, :], 2 * tensor)
     assert torch.equal(after[..., ::2, :], stored[..., ::2, :])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_the_converter_rounded_are_found(dtype):
+    """Of a float32 head in a model of 16 bits."""
+    parameter = torch.randn(6, 8)
+    order = torch.tensor([3, 1, 5])
+    rows = RowMap.find(parameter, parameter[order].to(dtype).float())
+    assert rows is not None
+    assert torch.equal(rows.order, order)
