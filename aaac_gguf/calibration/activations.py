@@ -32,11 +32,27 @@ Observer = Callable[[str, int, torch.Tensor], None]
 BATCH_TOKENS = 2048
 
 
-class Products(TorchFunctionMode):
-    """While active, reports the input of every matrix product whose weight is one of `parameters`, or a slice of one.
+_LEFT = (
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.bmm,
+    torch.Tensor.bmm,
+)
+_ADDED = (torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm)
+_GROUPED = {getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)} - {None}
 
-    It watches products instead of modules, so it also sees experts that share one 3-D parameter and GPT-2's transposed
-    Conv1D.
+
+class Products(TorchFunctionMode):
+    """While active, reports the input of every matrix product whose weight is one of `parameters`, or a view of one.
+
+    It watches products instead of modules, so it also sees experts that share one 3-D parameter, one at a time or all
+    in one product, and GPT-2's transposed Conv1D. A row of zeros in a product of all experts is a token that was routed
+    elsewhere, and is not reported.
+
+    has_rows  whether the outputs of the last product that was reported are [..., N], a row for each input
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], observer: Observer):
@@ -46,26 +62,93 @@ class Products(TorchFunctionMode):
         self.starts = [start for start, _, _ in matrices]
         self.parameters = [(name, p) for _, name, p in matrices]
         self.observer = observer
+        self.has_rows = True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.has_rows = True
         if func is torch.nn.functional.linear:
             self._report(args[0], args[1] if len(args) > 1 else kwargs["weight"])
-        elif func is torch.addmm:
+        elif func in _ADDED:
             self._report(args[1], args[2])
-        elif func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
-            self._report(args[0], args[1])
+        elif func in _LEFT or func is torch.Tensor.__rmatmul__:
+            left, right = reversed(args) if func is torch.Tensor.__rmatmul__ else args
+            if self._place(right) is not None:
+                self._report(left, right)
+            elif left.dim() > 1 and right.dim() > 1 and self._place(left) is not None:
+                self.has_rows = False
+                self._report(right.mT, left)
+        elif func is torch.einsum:
+            self._report_einsum(args[0], *(args[1] if isinstance(args[1], list | tuple) else args[1:]))
+        elif func in _GROUPED:
+            self._report_groups(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
         return func(*args, **kwargs)
 
-    def _report(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+    def _place(self, weight: torch.Tensor) -> tuple[str, torch.nn.Parameter, int] | None:
+        """Return the parameter whose memory a tensor shares, its name, and the offset in it; None if there is none."""
         i = bisect.bisect_right(self.starts, weight.data_ptr()) - 1
         if i < 0:
-            return
+            return None
         name, parameter = self.parameters[i]
         offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
-        if offset < parameter.numel() and inputs.shape[-1] in weight.shape:
-            expert = offset // parameter.stride(0) if parameter.dim() == 3 else 0
+        return (name, parameter, offset) if offset < parameter.numel() else None
+
+    def _report(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """Report a product of inputs [..., K] with a matrix, or of [E, ..., K] or [..., K] with E experts' matrices."""
+        place = self._place(weight)
+        if place is None or inputs.shape[-1] not in weight.shape[-2:]:
+            return
+        name, parameter, offset = place
+        if parameter.dim() != 3:
+            if weight.dim() == 2:
+                self.observer(name, 0, inputs.detach().reshape(-1, inputs.shape[-1]))
+        elif weight.dim() == 2:
+            expert = offset // parameter.stride(0)
             self.observer(name, expert, inputs.detach().reshape(-1, inputs.shape[-1]))
+        elif weight.dim() == 3 and weight.stride(0) % parameter.stride(0) == 0:
+            by_expert = (
+                inputs.detach().expand(len(weight), *inputs.shape[1:])
+                if inputs.dim() > 2
+                else [inputs.detach()] * len(weight)
+            )
+            for i, x in enumerate(by_expert):
+                rows = x.reshape(-1, x.shape[-1])
+                rows = rows[rows.any(-1)]
+                if len(rows):
+                    self.observer(name, (offset + i * weight.stride(0)) // parameter.stride(0), rows)
+
+    def _report_einsum(self, equation: Any, *operands: torch.Tensor) -> None:
+        """Report an einsum of two operands as the matrix product that it is."""
+        if not isinstance(equation, str) or len(operands) != 2 or "." in equation:
+            return
+        terms, _, result = equation.replace(" ", "").partition("->")
+        pairs = list(zip(terms.split(","), operands, strict=True))
+        for (x_names, x), (w_names, w) in (pairs, pairs[::-1]):
+            if self._place(w) is None:
+                continue
+            channels = [c for c in w_names if c in x_names and c not in result]
+            experts = [c for c in w_names if c in x_names and c in result]
+            outputs = [c for c in w_names if c not in x_names]
+            if len(channels) == len(outputs) == 1 and len(experts) == w.dim() - 2 <= 1:
+                others = [c for c in x_names if c not in channels + experts]
+                order = [*experts, *others, *channels]
+                self.has_rows = result.endswith(outputs[0])
+                x = x.permute([x_names.index(c) for c in order])
+                if w.dim() == 3 and not experts:
+                    x = x[None]
+                self._report(x, w.permute([w_names.index(c) for c in (*experts, *outputs, *channels)]))
+                return
+
+    def _report_groups(self, inputs: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor | None) -> None:
+        """Report a product of inputs [tokens, K], sorted by expert, with E experts' matrices; `ends` of each group."""
+        if ends is None:
+            self._report(inputs, weight)
+            return
+        start = 0
+        for i, end in enumerate(ends.tolist()):
+            if end > start:
+                self._report(inputs[start:end], weight[i])
+            start = end
 
 
 class Activations:

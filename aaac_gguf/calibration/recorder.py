@@ -43,7 +43,7 @@ class InputRecorder(Products):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._product = None
         out = super().__torch_function__(func, types, args, kwargs)
-        if (name := self._product) and out.requires_grad and out.shape[-1] <= MAX_OUTPUTS:
+        if (name := self._product) and self.has_rows and out.requires_grad and out.shape[-1] <= MAX_OUTPUTS:
             out.register_hook(lambda g: self._add_gradient(name, g.detach().reshape(-1, g.shape[-1])))
         return out
 

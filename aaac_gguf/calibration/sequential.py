@@ -154,6 +154,10 @@ class BlockMoments:
                 f"`calibration`: the squares of the inputs of {name} overflow; "
                 "check the model's norms, calibrate with `imatrix`, or set `calibration` to 'none'"
             )
+        shape = self.places.file.shapes.get(name, ())
+        if len(shape) == 3 and moments.inputs.dim() == 2:  # the heads of a projection that is one matrix in the model
+            self.places.row_map(name)
+            return Moments(moments.inputs.expand(shape[0], -1, -1), None)
         outputs, rows = record.outputs.get(self.places[name].parameter), self.places.row_map(name)
         if rows is None or outputs is None:
             return moments

@@ -165,15 +165,20 @@ def inject(model: Any, full: GgufFile, file: GgufFile) -> list[str]:
     changed = [
         name for name, t in file.tensors.items() if len(t.shape) > 1 and t.tensor_type != full.tensors[name].tensor_type
     ]
-    places = _rows_by_content(model, widths={full.shapes[name][-1] for name in changed})
+    # MLA's heads are transposed, each for itself.
+    places = _rows_by_content(model, widths={n for name in changed for n in full.shapes[name][-2:]})
     unmatched: list[str] = []
     replacements: list[tuple[list[list[Place]], torch.Tensor]] = []
     for name in changed:  # all rows are looked up before the first is replaced
         width = full.shapes[name][-1]
         targets = [places.get(hash(row.tobytes()), []) for row in full[name].reshape(-1, width)]
+        after = torch.from_numpy(file[name])
+        if not all(targets) and after.dim() == 3:
+            rows = np.ascontiguousarray(full[name].swapaxes(1, 2)).reshape(-1, after.shape[1])
+            targets, after = [places.get(hash(row.tobytes()), []) for row in rows], after.mT
         if not all(targets):
             unmatched.append(name)
-        replacements.append((targets, torch.from_numpy(file[name]).reshape(-1, width)))
+        replacements.append((targets, after.reshape(-1, after.shape[-1])))
     with torch.no_grad():
         for targets, after in replacements:
             for row, target in zip(after, targets, strict=True):
@@ -191,8 +196,9 @@ def _rows_by_content(model: Any, widths: set[int]) -> dict[int, list[Place]]:
     for parameter in model.parameters():
         if parameter.dim() < 2:
             continue
-        stacked = parameter.data.flatten(0, -2)
-        for matrix in (stacked, parameter.data.T) if parameter.dim() == 2 else (stacked,):
+        values = parameter.data
+        matrices = values.unbind() if values.dim() == 3 else [values.flatten(0, -2)]
+        for matrix in (m for matrix in matrices for m in (matrix, matrix.T)):
             if matrix.shape[1] in widths:
                 for i, row in enumerate(matrix.numpy()):
                     places.setdefault(hash(row.tobytes()), []).append((matrix, i))
