@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from ..files.atomic import PARTIAL
 from ..files.imatrix import Coverage
 from ..files.journal import Journal, Record
 from ..files.output import Output, check_output, check_space
+from ..files.scratch import temporary_folder
 from ..models import checkpoint
 from ..models.source import full_precision
 from ..models.weights import check_weights
@@ -120,8 +120,7 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
 def dry_run(source: Path, out: Path, settings: Settings) -> DryRun:
     """Plan what `convert` would write. For mixed precision that means to calibrate and to measure."""
     check_output(out, source)
-    with tempfile.TemporaryDirectory(prefix="aaac-") as folder:
-        scratch = Path(folder)
+    with temporary_folder("aaac-") as scratch:
         with full_precision(source, scratch, header_only=True) as header:
             job = prepare(source, header, settings)
         if settings.mixes:

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,9 +224,8 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
     try:
         for no, shard in enumerate(paths):
             path = shard
+            _check_byte_order(shard)
             reader = _Reader(shard, "c")  # copy-on-write: torch warns of arrays that it could not write to
-            if reader.byte_order != "I":
-                raise AaacError("of another byte order than this machine; convert it with gguf-convert-endian")
             _check_split(reader, no, len(paths))
             for t in reader.tensors:
                 if t.name in tensors:
@@ -261,6 +261,18 @@ def read_model(path: Path) -> GgufFile:
     if not file.tensors or not file.architecture:
         raise AaacError(f"{path}: has no tensors, or names no general.architecture; give a model's file")
     return file
+
+
+def _check_byte_order(path: Path) -> None:
+    """Raise AaacError for a GGUF whose version, a small number, is a large one as this machine reads numbers."""
+    with path.open("rb") as f:
+        magic, version = f.read(4), f.read(4)
+    number = int.from_bytes(version, sys.byteorder)
+    if magic == b"GGUF" and number and number % 2**16 == 0:
+        other = "big" if sys.byteorder == "little" else "little"
+        raise AaacError(
+            f"is {other}-endian, for machines of another byte order; convert it with `gguf-convert-endian FILE native`"
+        )
 
 
 def _number(reader: gguf.GGUFReader, key: str) -> int | None:

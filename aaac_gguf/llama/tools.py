@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AaacError
+from ..files.scratch import disk_full
 from .build import TOOLS, build_dir, fetch, is_built, last_error
 
 
@@ -49,18 +51,35 @@ def _failed(name: str, status: int, output: str, log: Path) -> AaacError:
     return AaacError(f"{name} failed with status {status}: {last_error(output)} (see {log})")
 
 
-def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False) -> None:
+def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False, name: str | None = None) -> None:
     """Run the pinned convert_hf_to_gguf.py.
 
     header_only: write everything but the tensor data, which is a hole in the file. This takes seconds.
-    Raises AaacError with the converter's own words if it refuses the model or the tokenizer.
+    name: of the model, which the converter takes from the folder's; by default the folder's. Raises AaacError with the
+    converter's own words if it refuses the model or the tokenizer.
     """
     tree = fetch()
     wrapper = [Path(__file__).parent / "_hf_header.py"] if header_only else []
     program: list[str | Path] = [sys.executable, *wrapper, tree / "convert_hf_to_gguf.py"]
-    command = [*program, source, "--outfile", out, "--outtype", outtype]
+    folder = source
+    if name and name != source.name:
+        folder = out.parent / name
+        folder.symlink_to(source.resolve())
+    command = [*program, folder, "--outfile", out, "--outtype", outtype]
     env = os.environ | {"PYTHONPATH": str(tree), "PYTHONUTF8": "1"}  # it reads and prints texts as the locale has them
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env)
     if result.returncode or not out.is_file():
         out.unlink(missing_ok=True)
-        raise AaacError(f"{source}: llama.cpp's converter refuses this model: {last_error(result.stderr)}")
+        if re.search(r"No space left on device|Disk quota exceeded", result.stderr):
+            raise disk_full(out.parent)
+        reason = f"{last_error(result.stderr)}{_last_frame(result.stderr)}"
+        raise AaacError(f"{source}: llama.cpp's converter refuses this model: {reason}")
+
+
+def _last_frame(output: str) -> str:
+    """Return where the exception was raised that ended a Python program, in parentheses; empty if none did."""
+    frames = re.findall(r'^ +File "([^"]+)", line (\d+), in (\S+)\n(?: {4,}(\S.*))?', output, re.MULTILINE)
+    if not frames:
+        return ""
+    file, line, function, code = frames[-1]
+    return f" ({Path(file).name}, line {line}, in {function}{f': {code}' if code else ''})"

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from ..errors import AaacError
 from ..files.gguf import GgufFile, read, read_model
+from ..files.scratch import check_room
 from ..llama import tools
 from . import checkpoint
 from .completeness import check_blocks, check_tensors
+from .files import main_dtype, stored_tensors
 
 HUB = "hf://"
 # The converter's names of dtypes. It guesses from the first matrix, which may be one of a few of another dtype.
@@ -79,6 +81,18 @@ def _check_names(source: Path) -> None:
             )
 
 
+def model_name(source: Path) -> str:
+    """Return the name of a source: its file's or folder's, or the repository's of a folder in the Hub's cache."""
+    if source.is_file():
+        return source.stem
+    folder = source.resolve()
+    name = source.name if source.name not in ("", "..") else folder.name
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--") and name == folder.name:
+        return repository.split("--", 2)[-1]
+    return name
+
+
 @contextmanager
 def full_precision(source: Path, scratch: Path, header_only: bool = False) -> Iterator[GgufFile]:
     """Open the full-precision GGUF of a checkpoint folder or of a GGUF file.
@@ -98,11 +112,14 @@ def full_precision(source: Path, scratch: Path, header_only: bool = False) -> It
     config = checkpoint.check(source)
     if header_only:
         check_tensors(source, config)
-    outtype = _OUTTYPES.get(checkpoint.stored_dtype(source), "auto")
+    tensors = stored_tensors(source)
+    outtype = _OUTTYPES.get(main_dtype(tensors), "auto")
     scratch.mkdir(exist_ok=True)
+    if not header_only:
+        check_room(scratch, sum(tensor.n_bytes for tensor in tensors.values()))
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
         out = Path(folder) / "source.gguf"
-        tools.convert_hf(source, out, outtype, header_only)
+        tools.convert_hf(source, out, outtype, header_only, model_name(source))
         file = read(out)
         check_blocks(source, file)
         yield file

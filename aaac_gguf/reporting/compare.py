@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,10 +23,11 @@ from ..files import gguf as gguf_io
 from ..files.atomic import atomic
 from ..files.gguf import GgufFile
 from ..files.imatrix import Imatrix, write_imatrix
+from ..files.scratch import temporary_folder
 from ..llama import evaluate, patch, tools
 from ..llama.build import build
 from ..models import checkpoint
-from ..models.source import full_precision
+from ..models.source import full_precision, model_name
 from ..progress import progress
 from ..resources import sha256
 from . import page, verify
@@ -77,13 +77,12 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
     except OSError as e:
         raise AaacError(f"`output` {folder}: cannot be made: {e.strerror}") from None
     build()
-    stem = source.stem if source.is_file() else source.resolve().name
+    stem = model_name(source)
     files = {name: Path(name) if name.endswith(".gguf") else folder / f"{stem}-{name}.gguf" for name in types}
     with (
-        tempfile.TemporaryDirectory(dir=folder, prefix=".aaac-compare-") as name,
-        full_precision(source, Path(name)) as full,
+        temporary_folder(".aaac-compare-", folder) as scratch,
+        full_precision(source, scratch) as full,
     ):
-        scratch = Path(name)
         texts = options.texts or [self_text(source, folder / "self-generated.txt", options.settings)]
         result = _begin(stem, source, full, texts, options)
         bases = {text: scratch / f"{text.stem}-logits" for text in texts}
@@ -180,8 +179,8 @@ def measure_imatrix(source: Path, full: GgufFile, settings: Settings, out: Path)
     """
     start = time.monotonic()
     job = prepare(source, full, replace(settings, feedback=False))
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        imatrix = calibrate(job, full, Path(folder)).imatrix
+    with temporary_folder(".aaac-imatrix-", out.parent) as folder:
+        imatrix = calibrate(job, full, folder).imatrix
     if not imatrix.entries:
         return None, 0.0
     write_imatrix(out, imatrix)

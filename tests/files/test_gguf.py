@@ -163,3 +163,16 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
 def test_missing_file():
     with pytest.raises(AaacError, match="no such file"):
         gguf_io.read("/nonexistent.gguf")
+
+
+def test_the_byte_order_of_a_big_endian_file_is_named(tmp_path):
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_token_list(["a", "bc"])
+    writer.add_tensor("x", np.ones((2, 2), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AaacError, match=r"big\.gguf: is big-endian, .*gguf-convert-endian"):
+        gguf_io.read(path)

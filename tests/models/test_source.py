@@ -239,3 +239,33 @@ def test_paths_are_not_taken_for_names(tmp_path, monkeypatch):
         assert source.locate(path) == Path(path)
     assert source.locate("c/d") == Path("downloaded c/d")
     assert source.locate("hf://a/b") == Path("downloaded a/b")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("models--someone--small/snapshots/0123abcd", "small"),
+        ("models--someone--small--two/snapshots/0123abcd", "small--two"),
+        ("models--gpt2/snapshots/0123abcd", "gpt2"),
+        ("models/snapshots/0123abcd", "0123abcd"),
+        ("a/b", "b"),
+        ("a/b.gguf", "b"),
+    ],
+)
+def test_the_name_of_a_model(tmp_path, monkeypatch, path, name):
+    folder = tmp_path / path
+    if path.endswith(".gguf"):
+        folder.parent.mkdir(parents=True)
+        folder.touch()
+    else:
+        folder.mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        assert source.model_name(Path()) == name
+    assert source.model_name(folder) == name
+
+
+def test_a_snapshot_has_its_repositorys_name(llama_source, hub_cache, tmp_path):
+    snapshot = hub_cache / "models--someone--small" / "snapshots" / COMMIT
+    assert convert(snapshot, tmp_path / "out.gguf", "--type", "F16") == 0
+    assert gguf_io.read(tmp_path / "out.gguf").get("general.name") == "Small"
+    assert not any(p.name.startswith(".aaac") for p in tmp_path.iterdir())
