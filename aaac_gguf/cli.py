@@ -27,6 +27,7 @@ FLAGS = {
     "feedback": "--no-feedback",
     "checkout": "--source",
     "texts": "--text",
+    "n_ctx": "--ctx",
     "output": "-o",
 }
 _OTHERS = (

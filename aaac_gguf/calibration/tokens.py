@@ -11,12 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AaacError
+from ..errors import AaacError, warn
+from ..files.gguf import GgufFile
 from ..models.checkpoint import load_tokenizer
 from ..progress import progress
 
 # Random sequences per sequence of text.
 RANDOM_SHARE = 1 / 4
+
+
+def fitting_length(file: GgufFile, length: int, setting: str) -> int:
+    """Return `length`, or with a warning that names the setting the number of positions of a model that has fewer.
+
+    Models with learned positions fail beyond them, and no model was trained there.
+    """
+    positions = int(file.setting("context_length", 0)) or length
+    if length > positions:
+        warn(f"`{setting}` {length}: the model has {positions} positions; {positions} are taken")
+    return min(length, positions)
+
+
+def check_ids(tokens: Tensor, n_rows: int, text: Path) -> None:
+    """Raise AaacError for token ids that have no row among the embeddings."""
+    if (largest := int(tokens.max())) >= n_rows:
+        raise AaacError(
+            f"`calibration` {text}: the tokenizer makes token {largest}, and the model has {n_rows} embeddings; "
+            "the tokenizer is not this model's, or the model must be resized for it"
+        )
 
 
 def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -79,7 +100,7 @@ def self_tokens(model: Any, n_sequences: int, sequence_length: int, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     vocab_size = model.get_input_embeddings().num_embeddings
     bos = model.config.get_text_config().bos_token_id
-    first = torch.full((n_sequences, 1), bos if bos is not None else 0)
+    first = torch.full((n_sequences, 1), bos if bos is not None and bos < vocab_size else 0)
     second = torch.randint(vocab_size, (n_sequences, 1), generator=generator)  # makes the sequences differ
     tokens = torch.cat([first, second], dim=1)
     # transformers has renamed its key-value cache.

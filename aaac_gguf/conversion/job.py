@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from gguf import GGUFValueType
 
 from .. import __version__
-from ..calibration.tokens import RANDOM_SHARE, text_tokens
+from ..calibration.tokens import RANDOM_SHARE, check_ids, fitting_length, text_tokens
 from ..errors import AaacError, warn
 from ..files import format as fmt
 from ..files.gguf import GgufFile, Metadata, Value, field_values
@@ -119,6 +119,9 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
             "`bpw` and `size`: choose types by measured second moments; set `calibration` to a text or to 'self', "
             "with error feedback"
         )
+    if is_calibrated and settings.calibration_kind(source) in ("self", "text"):
+        length = fitting_length(header, settings.sequence_length, "sequence_length")
+        settings = replace(settings, sequence_length=length)
     calibration = (
         _calibration_input(source, header, settings) if is_calibrated else CalibrationInput("none", {"source": "none"})
     )
@@ -169,6 +172,8 @@ def _calibration_input(source: Path, header: GgufFile, settings: Settings) -> Ca
         case "text":
             text = Path(str(settings.calibration))
             tokens, digest = text_tokens(source, text, n, length)
+            if embeddings := header.shapes.get("token_embd.weight"):
+                check_ids(tokens, embeddings[0], text)
             description = {
                 "source": "text",
                 "file": text.name,

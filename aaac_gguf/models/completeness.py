@@ -52,7 +52,7 @@ def check_tensors(source: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_blocks(source: Path, file: GgufFile) -> None:
-    """Raise AaacError if a converted GGUF has no embeddings, or a decoder block without a matrix.
+    """Raise AaacError if a converted GGUF lacks embeddings, or all matrices of a decoder block.
 
     Blocks that predict further tokens are at the end and may be absent.
     """

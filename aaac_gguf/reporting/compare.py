@@ -83,6 +83,9 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
         temporary_folder(".aaac-compare-", folder) as scratch,
         full_precision(source, scratch) as full,
     ):
+        length = tokens_module.fitting_length(full, options.settings.sequence_length, "sequence_length")
+        n_ctx = tokens_module.fitting_length(full, options.n_ctx, "n_ctx")
+        options = replace(options, n_ctx=n_ctx, settings=replace(options.settings, sequence_length=length))
         texts = options.texts or [self_text(source, folder / "self-generated.txt", options.settings)]
         result = _begin(stem, source, full, texts, options)
         bases = {text: scratch / f"{text.stem}-logits" for text in texts}

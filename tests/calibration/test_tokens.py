@@ -1,14 +1,22 @@
 """Calibration tokens: a text's, the model's own, and random ones."""
 
+import re
 import warnings
 
 import pytest
 import torch
+import transformers
+from random_checkpoints import COMMON, SIZES, save_random
 
 from aaac_gguf import resources
 from aaac_gguf.calibration import tokens as tokens_module
-from aaac_gguf.errors import AaacError
+from aaac_gguf.conversion.job import prepare
+from aaac_gguf.conversion.settings import Settings
+from aaac_gguf.errors import AaacError, AaacWarning
+from aaac_gguf.files.gguf import TensorInfo, field_values
+from aaac_gguf.files.output import write
 from aaac_gguf.models import checkpoint
+from aaac_gguf.models.source import full_precision
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +97,52 @@ def test_random_tokens_come_beside_the_text():
     assert int(both.min()) >= 0
     assert int(both.max()) < 4096
     assert weights.tolist() == [1] * 8 + [4] * 2
+
+
+def test_sequences_are_as_long_as_the_model_allows(tmp_path, llama_source):
+    """Also those of a model with rotary embeddings, which would run on."""
+    config = transformers.LlamaConfig(**COMMON | {"max_position_embeddings": 96}, **SIZES)
+    folder = save_random(config, tmp_path / "model")
+    text = str(resources.SAMPLE_TEXT)
+    with full_precision(folder, tmp_path / "scratch", header_only=True) as header:
+        for calibration in ("self", text):
+            with pytest.warns(AaacWarning, match=r"`sequence_length` 512: the model has 96 positions; 96 are taken"):
+                job = prepare(folder, header, Settings(calibration=calibration, sequences=2))
+            assert job.settings.sequence_length == 96
+            assert job.calibration.n_tokens == 2 * 96
+        assert job.calibration.tokens.shape == (2, 96)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            prepare(folder, header, Settings(calibration=text, sequences=2, sequence_length=96))
+            prepare(folder, header, Settings(calibration="none"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_token_ids_without_embeddings_are_refused(tmp_path, llama_source, refused, capsys, kind):
+    """Of a tokenizer with more ids than the model has rows."""
+    if kind == "folder":
+        few = save_random(transformers.LlamaConfig(**COMMON | {"vocab_size": 500}, **SIZES), tmp_path / "model")
+    else:
+        few = gguf_with_few_embeddings(tmp_path / "few.gguf", 500)
+    capsys.readouterr()
+    message = refused("convert", few, "-o", tmp_path / "out.gguf", "--calib", resources.SAMPLE_TEXT)
+    assert re.search(r"the tokenizer makes token \d+, and the model has 500 embeddings", message)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def gguf_with_few_embeddings(path, n_rows):
+    """The bundled model with only the first rows of its embeddings."""
+    with full_precision(resources.MODEL, path.parent) as full:
+        shapes = full.shapes
+        infos, data = [], []
+        for name, tensor in full.tensors.items():
+            rows = n_rows if name in ("token_embd.weight", "output.weight") else shapes[name][0]
+            infos.append(TensorInfo(name, (rows, *shapes[name][1:]), tensor.tensor_type))
+            data.append(tensor.data[:rows])
+        write(path, field_values(full.fields), infos, data)
+    return path
+
+
+def test_sampling_starts_with_a_token_that_the_model_has(model, monkeypatch):
+    monkeypatch.setattr(model.config, "bos_token_id", 10**6)
+    assert (tokens_module.self_tokens(model, 1, 3, 0)[:, 0] == 0).all()
