@@ -56,4 +56,7 @@ class Verification:
     n_tokens: int = 0
     mean_kld: float = 0.0  # nats per token
     same_top: float = 1.0  # share of the tokens
+    n_texts: int = 0  # of which embeddings were compared, for a model that makes them
+    cosine: float = 1.0  # the least, with the reference
+    full_cosine: float = 1.0  # the mean, with the full model
     failures: list[str] = field(default_factory=list)

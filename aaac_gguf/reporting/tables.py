@@ -34,6 +34,9 @@ def verification_text(result: Verification) -> str:
     if result.n_tokens:
         agreement = f"mean KL divergence {result.mean_kld:.6f}, same top token {100 * result.same_top:.2f} %"
         parts.append(f"patched llama.cpp against {result.reference}, {result.n_tokens} tokens: {agreement}")
+    if result.n_texts:
+        agreement = f"least cosine of embeddings {result.cosine:.6f}; mean with the full model {result.full_cosine:.6f}"
+        parts.append(f"patched llama.cpp against {result.reference}, {result.n_texts} texts: {agreement}")
     parts.append("\n".join(f"FAILED: {failure}" for failure in result.failures) or "verified")
     return "\n\n".join(parts)
 

@@ -18,7 +18,8 @@ from ..files.gguf import GgufFile, read
 from ..files.imatrix import Imatrix, read_imatrix
 from ..inference import kernels
 from ..llama import evaluate
-from ..models import checkpoint
+from ..llama.embeddings import embeddings
+from ..models import checkpoint, encoder
 from ..models.source import full_precision
 from ..progress import progress
 from ..resources import SAMPLE_TEXT
@@ -33,6 +34,11 @@ MIN_SAME_TOP = 0.9
 MAX_TENSOR_ERROR = 0.05
 
 N_CTX = 256
+
+# Embeddings are compared on so many pieces of the text, of so many characters each. The product of matrices with 8-bit
+# activations turns an embedding by less than this; a wrong tensor turns it far more.
+N_PIECES, PIECE_SIZE = 32, 400
+MIN_COSINE = 0.995
 
 Place = tuple[torch.Tensor, int]  # a matrix, and the number of a row in it
 
@@ -57,6 +63,11 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="aaac-verify-") as name, full_precision(source, Path(name)) as full:
         scratch = Path(name)
         compare_shapes(file, full)
+        if encoder.is_encoder(full):
+            given = read_imatrix(imatrix).fitted(imatrix, full.shapes) if imatrix else Imatrix({})
+            compare_tensors(result, file, full, given)
+            _compare_embeddings(result, file, full, source, scratch, text)
+            return result
         evaluate.save_logits(file.path, text, scratch / "logits", N_CTX)
         logits = evaluate.read_logits(scratch / "logits")
         if source.is_dir():
@@ -95,6 +106,48 @@ def _logits_of_the_dequantized_file(result: Verification, path: Path, scratch: P
     evaluate.save_logits(scratch / "dequantized.gguf", text, scratch / "reference", N_CTX)
     reference = evaluate.read_logits(scratch / "reference")
     return [reference.log_probabilities(i) for i in range(len(reference.tokens))]
+
+
+def _compare_embeddings(
+    result: Verification, file: GgufFile, full: GgufFile, source: Path, scratch: Path, text: Path
+) -> None:
+    """Add the cosines of the embeddings, and a failure for what cannot be compared or is far off.
+
+    The reference is transformers with the decoded weights. Of a GGUF it is llama.cpp on the dequantized file.
+    """
+    pooling = full.setting("pooling_type")
+    if pooling not in (encoder.MEAN, encoder.FIRST, encoder.LAST):
+        result.failures.append(f"pooling type {pooling} is no vector of a text: embeddings were not compared")
+        return
+    content = text.read_text("utf-8", "replace")
+    pieces = [content[i : i + PIECE_SIZE].strip() for i in range(0, N_PIECES * PIECE_SIZE, PIECE_SIZE)]
+    n_ctx = min(N_CTX, int(full.setting("context_length", N_CTX)))
+    pieces = [piece for piece in pieces if piece]
+    if not pieces:
+        raise AaacError(f"{text}: the text is empty; give a longer one")
+    tokens, found = embeddings(file.path, pieces, n_ctx, scratch / "embeddings.log")
+    if source.is_dir():
+        model = encoder.load_encoder(source)
+        original = encoder.embed(model, tokens, pooling)
+        result.reference = "transformers with the decoded weights"
+        if unmatched := inject(model, full, file):
+            tensors = f"{unmatched[0]} ({len(unmatched)} tensors)"
+            result.failures.append(
+                f"no parameter of {source} holds the rows of {tensors}: embeddings were not compared"
+            )
+            return
+        expected = encoder.embed(model, tokens, pooling)
+    else:
+        result.reference = "llama.cpp on the dequantized file"
+        dequantize_file(file.path, scratch / "dequantized.gguf")
+        _, expected = embeddings(scratch / "dequantized.gguf", pieces, n_ctx, scratch / "reference.log")
+        _, original = embeddings(full.path, pieces, n_ctx, scratch / "full.log")
+    result.n_texts = len(pieces)
+    result.cosine = float((found * expected).sum(1).min())
+    result.full_cosine = float((found * original).sum(1).mean())
+    if not result.cosine >= MIN_COSINE:
+        far = f"the least cosine of embeddings with {result.reference} is {result.cosine:.5f}"
+        result.failures.append(f"{far}, below {MIN_COSINE}")
 
 
 def check_structure(file: GgufFile) -> None:
