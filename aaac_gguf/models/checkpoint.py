@@ -195,12 +195,15 @@ def quiet_transformers() -> Any:
 def _model_class(source: Path) -> Any:
     """Return the class of transformers that loads a source's model with its language model and its head.
 
-    That is the class for causal language models, unless config.json names one that reads images or sounds too.
+    That is the class for causal language models, unless transformers has none and config.json names one that reads
+    images or sounds too.
     """
     from transformers.models.auto import modeling_auto
 
     transformers = quiet_transformers()
     config = read_json(source / "config.json") if source.is_dir() else {}
+    if config.get("model_type") in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
     for kind in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
         wrappers = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {})
         if wrappers.get(config.get("model_type")) in config.get("architectures", ()):
@@ -212,12 +215,12 @@ def _model_class(source: Path) -> Any:
 
 
 def concrete_class(source: Path, config: Any) -> Any:
-    """Return the class of the model itself that `load_model` loads, or else the one that config.json names.
+    """Return the class of the model that config.json names, or else the one that `load_model` loads.
 
     config: transformers' own of the source. Raises an exception of any kind for what transformers does not know.
     """
-    mapping = _model_class(source)._model_mapping
-    return mapping[type(config)] if type(config) in mapping else getattr(quiet_transformers(), config.architectures[0])
+    named = getattr(quiet_transformers(), config.architectures[0], None)
+    return named or _model_class(source)._model_mapping[type(config)]
 
 
 def _cannot_load(source: Path, error: Exception) -> AaacError:

@@ -251,7 +251,7 @@ def _rows_by_content(model: Any, widths: set[int]) -> dict[int, list[Place]]:
             continue
         values = parameter.data
         matrices = values.unbind() if values.dim() == 3 else [values.flatten(0, -2)]
-        for matrix in (m for matrix in matrices for m in (matrix, matrix.T)):
+        for matrix in [*matrices, *(m.T for m in matrices)]:
             if matrix.shape[1] in widths:
                 for i, row in enumerate(matrix.numpy()):
                     places.setdefault(hash(row.tobytes()), []).append((matrix, i))

@@ -1,4 +1,4 @@
-"""Products of experts' matrices are seen in whatever form a model computes them, and each expert gets its own inputs."""
+"""Products of experts' matrices are seen in whatever form a model computes them, each expert with its own inputs."""
 
 import pytest
 import torch

@@ -1,0 +1,202 @@
+"""Tiny random models of many families with the bundled model's tokenizer, and a converter that takes all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from random_checkpoints import COMMON, SIZES
+
+from aaac_gguf import resources
+from aaac_gguf.llama import build
+
+WITHOUT_HEAD_DIM = {key: n for key, n in SIZES.items() if key != "head_dim"}
+EXPERTS = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
+ONE_GROUP = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,  # as many as the text has
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "out_hidden_size": 128,
+    "patch_size": 14,
+}
+QWEN_TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7}
+SECTIONS = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+
+MIXTURES: dict[str, Callable[[], Any]] = {
+    "Mixtral": lambda: tf.MixtralConfig(**COMMON, **SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "Qwen2-MoE": lambda: tf.Qwen2MoeConfig(
+        **COMMON, **WITHOUT_HEAD_DIM, **EXPERTS, num_experts=4, shared_expert_intermediate_size=64
+    ),
+    "Qwen3-MoE": lambda: tf.Qwen3MoeConfig(**COMMON, **SIZES, **EXPERTS, num_experts=4, norm_topk_prob=True),
+    "OLMoE": lambda: tf.OlmoeConfig(
+        **COMMON,
+        **WITHOUT_HEAD_DIM | {"intermediate_size": 64, "num_key_value_heads": 4},
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "DeepSeek-V2": lambda: tf.DeepseekV2Config(
+        **COMMON, **WITHOUT_HEAD_DIM | MLA, **EXPERTS, **ONE_GROUP, q_lora_rank=None, topk_method="greedy"
+    ),
+    "DeepSeek-V3": lambda: tf.DeepseekV3Config(
+        **COMMON, **WITHOUT_HEAD_DIM | MLA, **EXPERTS, **ONE_GROUP, q_lora_rank=32
+    ),
+    "GraniteMoe": lambda: tf.GraniteMoeConfig(
+        **COMMON, **WITHOUT_HEAD_DIM | {"intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "GraniteMoeShared": lambda: tf.GraniteMoeSharedConfig(
+        **COMMON,
+        **WITHOUT_HEAD_DIM | {"intermediate_size": 64},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=64,
+    ),
+    "Llama 4": lambda: tf.Llama4TextConfig(
+        **COMMON,
+        **SIZES | {"intermediate_size": 64},
+        intermediate_size_mlp=192,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+    ),
+    "Ernie 4.5": lambda: tf.Ernie4_5_MoeConfig(
+        **COMMON,
+        **WITHOUT_HEAD_DIM,
+        moe_intermediate_size=64,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+        moe_layer_interval=1,
+    ),
+    "gpt-oss": lambda: tf.GptOssConfig(
+        **COMMON, **SIZES | {"intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2, sliding_window=64
+    ),
+    "dots1": lambda: tf.Dots1Config(**COMMON, **SIZES, **EXPERTS, **ONE_GROUP),
+    "Jamba": lambda: tf.JambaConfig(
+        **COMMON,
+        **WITHOUT_HEAD_DIM,
+        num_experts=4,
+        num_experts_per_tok=2,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_dt_rank=16,
+        use_mamba_kernels=False,
+    ),
+    "MiniMax-M2": lambda: tf.MiniMaxM2Config(
+        **COMMON, **SIZES | {"intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2, rotary_dim=16
+    ),
+    "LFM2-MoE": lambda: tf.Lfm2MoeConfig(
+        **COMMON,
+        **WITHOUT_HEAD_DIM,
+        **EXPERTS,
+        num_experts=4,
+        num_dense_layers=1,
+        layer_types=["conv", "full_attention"],
+    ),
+}
+
+WRAPPERS: dict[str, Callable[[], Any]] = {
+    "Gemma 3": lambda: tf.Gemma3Config(
+        text_config={**COMMON, **SIZES, "sliding_window": 64, "query_pre_attn_scalar": 32},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    ),
+    "Mistral 3": lambda: tf.Mistral3Config(
+        text_config={"model_type": "mistral", **COMMON, **SIZES},
+        vision_config={"model_type": "pixtral", "head_dim": 16, **VISION},
+        image_token_index=5,
+    ),
+    "Llama 4": lambda: tf.Llama4Config(
+        text_config=MIXTURES["Llama 4"]().to_dict(),
+        vision_config={
+            "vision_output_dim": 64,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            **VISION,
+        },
+    ),
+    "Qwen2.5-VL": lambda: tf.Qwen2_5_VLConfig(
+        text_config={**COMMON, **WITHOUT_HEAD_DIM, "rope_parameters": SECTIONS},
+        vision_config={"fullatt_block_indexes": [1], **QWEN_VISION},
+        **QWEN_TOKENS,
+    ),
+    "Qwen3-VL": lambda: tf.Qwen3VLConfig(
+        text_config={**COMMON, **SIZES, "rope_parameters": {**SECTIONS, "mrope_interleaved": True}},
+        vision_config={"deepstack_visual_indexes": [1], **QWEN_VISION},
+        **QWEN_TOKENS,
+    ),
+}
+
+DENSE: dict[str, Callable[[], Any]] = {
+    "Llama 3": lambda: tf.LlamaConfig(**COMMON, **SIZES, tie_word_embeddings=True),
+    "Qwen2.5": lambda: tf.Qwen2Config(**COMMON, **WITHOUT_HEAD_DIM, tie_word_embeddings=False),
+    "Gemma 2": lambda: tf.Gemma2Config(**COMMON, **SIZES, sliding_window=64, query_pre_attn_scalar=32),
+    "Mistral": lambda: tf.MistralConfig(**COMMON, **SIZES, sliding_window=None),
+    "Phi-4": lambda: tf.Phi3Config(
+        **COMMON, **WITHOUT_HEAD_DIM, pad_token_id=0, partial_rotary_factor=0.75, tie_word_embeddings=True
+    ),
+    "SmolLM3": lambda: tf.SmolLM3Config(**COMMON | {"num_hidden_layers": 4}, **WITHOUT_HEAD_DIM, pad_token_id=0),
+    "OLMo 2": lambda: tf.Olmo2Config(**COMMON, **WITHOUT_HEAD_DIM, pad_token_id=0),
+    "Granite": lambda: tf.GraniteConfig(
+        **COMMON,
+        **WITHOUT_HEAD_DIM,
+        embedding_multiplier=2.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.1,
+    ),
+    "StableLM": lambda: tf.StableLmConfig(**COMMON, **WITHOUT_HEAD_DIM, partial_rotary_factor=0.25),
+    "Falcon-H1": lambda: tf.FalconH1Config(
+        **COMMON, **SIZES, mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1
+    ),
+}
+
+
+def save(config: Any, folder: Path) -> Path:
+    """Save a model of this config with random weights, as the class that its family's checkpoints name."""
+    torch.manual_seed(0)
+    mappings = tf.models.auto.modeling_auto
+    wrapper = mappings.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    model = getattr(tf, wrapper)(config) if wrapper else tf.AutoModelForCausalLM.from_config(config)
+    model = model.float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or name.endswith("bias"):
+                parameter.normal_(std=0.1)  # some start at zero
+    model.bfloat16().save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resources.MODEL / name, folder / name)
+    return folder
+
+
+def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False, name: str = "") -> None:
+    """Do what `llama.tools.convert_hf` does, for any tokenizer."""
+    tree = build.fetch()
+    program = [sys.executable, Path(__file__).with_name("any_vocabulary.py"), "header" if header_only else "whole"]
+    command = [*program, tree / "convert_hf_to_gguf.py", source, "--outfile", out, "--outtype", outtype]
+    env = os.environ | {"PYTHONPATH": f"{tree}:{Path(__file__).parents[1]}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr[-2000:]
