@@ -109,6 +109,7 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
     header: the full-precision GGUF, of which no tensor data is read. Raises AaacError for bad input of every kind that
     shows before the weights are read.
     """
+    settings = _for_encoders(source, header, settings)
     plans = make_plan(header, settings, settings.moments_kind(source))
     if unknown := unknown_integers(header):
         warn(f"{source}: left out, since llama.cpp knows no such tensors: {', '.join(unknown)}")
@@ -131,6 +132,20 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
         metadata[fmt.KEY_QUANTIZER] = Value(f"aaac-gguf {__version__}", GGUFValueType.STRING)
         metadata[fmt.KEY_CALIBRATION] = Value(json.dumps(description), GGUFValueType.STRING)
     return Job(source, settings, moments, calibration, plans, metadata)
+
+
+def _for_encoders(source: Path, header: GgufFile, settings: Settings) -> Settings:
+    """Return the settings without calibration, with a warning, for a model that does not predict the next token.
+
+    Raises AaacError if calibration is asked for.
+    """
+    if checkpoint.is_causal(header) or settings.calibration_kind(source) not in ("self", "text"):
+        return settings
+    what = f"{source}: {header.architecture} has an encoder and is no model of the next token, which calibration runs"
+    if settings.calibration:
+        raise AaacError(f"{what}; calibrate with `imatrix`, or set `calibration` to 'none'")
+    warn(f"{what}: it is converted without calibration; `verify` compares its tensors, and no logits of the next token")
+    return replace(settings, calibration="none")
 
 
 def output_metadata(file: GgufFile, file_type: int) -> dict[str, Value]:

@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 
 from ..errors import AaacError
-from ..files.gguf import read_model
+from ..files.gguf import GgufFile, read_model
 from .blocks import block_list
 from .files import few, main_dtype, read_json, stored_tensors, weight_files
 
@@ -79,6 +79,11 @@ def check_gguf(source: Path) -> str:
 def stored_dtype(source: Path) -> str:
     """Return the dtype of a folder's weights, as `main_dtype`. What config.json says of it is not always true."""
     return main_dtype(stored_tensors(source))
+
+
+def is_causal(file: GgufFile) -> bool:
+    """Return whether a GGUF holds a model of the next token, and not one with an encoder, like T5 or BERT."""
+    return file.setting("attention.causal", True) and not any(name.startswith("enc.") for name in file.tensors)
 
 
 def left_out(source: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AaacError, warn
-from ..files.gguf import GgufFile, block_number
+from ..files.gguf import GgufFile
 from . import checkpoint
 from .files import StoredTensor, few, ignored_files, stored_tensors
 
@@ -19,6 +19,8 @@ from .files import StoredTensor, few, ignored_files, stored_tensors
 _PACKED = ((".qweight", ".weight"), (".weight_packed", ".weight"), ("_blocks", ""))
 
 _EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)(?P<part>\..*)")
+# The number of a decoder block, or of an encoder's.
+_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def check_tensors(source: Path, config: Mapping[str, Any]) -> None:
@@ -57,7 +59,8 @@ def check_blocks(source: Path, file: GgufFile) -> None:
     Blocks that predict further tokens are at the end and may be absent.
     """
     n_blocks = int(file.setting("block_count", 0)) - int(file.setting("nextn_predict_layers", 0))
-    present = {block_number(name, -1) for name, shape in file.shapes.items() if len(shape) > 1}
+    numbers = (_NUMBER.search(name) for name, shape in file.shapes.items() if len(shape) > 1)
+    present = {int(number[1]) for number in numbers if number}
     empty = [f"blk.{i}" for i in range(n_blocks) if i not in present]
     if not any(name.startswith("token_embd") for name in file.tensors):
         empty.insert(0, "token_embd")

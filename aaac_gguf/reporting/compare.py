@@ -83,6 +83,11 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
         temporary_folder(".aaac-compare-", folder) as scratch,
         full_precision(source, scratch) as full,
     ):
+        if not checkpoint.is_causal(full):
+            raise AaacError(
+                f"{source}: {full.architecture} has an encoder and is no model of the next token, by which types are "
+                "compared; convert it, and verify it"
+            )
         length = tokens_module.fitting_length(full, options.settings.sequence_length, "sequence_length")
         n_ctx = tokens_module.fitting_length(full, options.n_ctx, "n_ctx")
         options = replace(options, n_ctx=n_ctx, settings=replace(options.settings, sequence_length=length))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 
 from ..calibration.activations import importance
 from ..conversion.dequantize import dequantize_file
-from ..errors import AaacError
+from ..errors import AaacError, warn
 from ..files import format as fmt
 from ..files.gguf import GgufFile, read
 from ..files.imatrix import Imatrix, read_imatrix
+from ..files.scratch import temporary_folder
 from ..inference import kernels
 from ..llama import evaluate
 from ..llama.embeddings import embeddings
@@ -60,22 +60,27 @@ def verify(
         result.failures += kernels.compare_file(file)
     if source is None:
         return result
-    with tempfile.TemporaryDirectory(prefix="aaac-verify-") as name, full_precision(source, Path(name)) as full:
-        scratch = Path(name)
+    with temporary_folder("aaac-verify-") as scratch, full_precision(source, scratch) as full:
         compare_shapes(file, full)
         if encoder.is_encoder(full):
             given = read_imatrix(imatrix).fitted(imatrix, full.shapes) if imatrix else Imatrix({})
             compare_tensors(result, file, full, given)
             _compare_embeddings(result, file, full, source, scratch, text)
             return result
-        evaluate.save_logits(file.path, text, scratch / "logits", N_CTX)
+        if not checkpoint.is_causal(full):
+            given = read_imatrix(imatrix).fitted(imatrix, full.shapes) if imatrix else Imatrix({})
+            compare_tensors(result, file, full, given)
+            warn(f"{path}: logits are not compared, since {full.architecture} is no model of the next token")
+            return result
+        n_ctx = min(N_CTX, int(full.setting("context_length", N_CTX)))
+        evaluate.save_logits(file.path, text, scratch / "logits", n_ctx)
         logits = evaluate.read_logits(scratch / "logits")
         if source.is_dir():
             expected = _compare_with_transformers(result, file, full, source, logits, text.name)
         else:
             given = read_imatrix(imatrix).fitted(imatrix, full.shapes) if imatrix else Imatrix({})
             compare_tensors(result, file, full, given)
-            expected = _logits_of_the_dequantized_file(result, path, scratch, text)
+            expected = _logits_of_the_dequantized_file(result, path, scratch, text, n_ctx)
         if expected:
             compare_logits(result, expected, logits)
     return result
@@ -99,11 +104,13 @@ def _compare_with_transformers(
     return [log_probabilities(model, sequence, logits.first) for sequence in progress(tokens, desc="reference logits")]
 
 
-def _logits_of_the_dequantized_file(result: Verification, path: Path, scratch: Path, text: Path) -> list[np.ndarray]:
+def _logits_of_the_dequantized_file(
+    result: Verification, path: Path, scratch: Path, text: Path, n_ctx: int
+) -> list[np.ndarray]:
     """Return llama.cpp's log probabilities with the decoded weights of `path` in float32."""
     result.reference = "llama.cpp on the dequantized file"
     dequantize_file(path, scratch / "dequantized.gguf")
-    evaluate.save_logits(scratch / "dequantized.gguf", text, scratch / "reference", N_CTX)
+    evaluate.save_logits(scratch / "dequantized.gguf", text, scratch / "reference", n_ctx)
     reference = evaluate.read_logits(scratch / "reference")
     return [reference.log_probabilities(i) for i in range(len(reference.tokens))]
 
