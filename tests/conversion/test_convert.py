@@ -161,6 +161,7 @@ def broken_config(tmp_path):
 
 def missing_shard(tmp_path):
     model = folder(tmp_path)
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     (model / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
     )
