@@ -14,6 +14,7 @@ from ..calibration.tokens import self_tokens, with_random
 from ..files.gguf import GgufFile
 from ..files.imatrix import Imatrix
 from ..models import checkpoint
+from ..models.agreement import check_agreement
 from ..models.blocks import Blocks
 from ..models.finite import finite_logits
 from ..quantizer.moments import Moments
@@ -62,6 +63,8 @@ def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
         return done(given.imatrix or Imatrix({}))
     folder.mkdir(exist_ok=True)
     model = checkpoint.load_model(job.source, settings.device, exact=False, folder=folder)
+    if job.source.is_file():
+        check_agreement(model, file)
     tokens = given.tokens
     if tokens is None:
         with finite_logits(model):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AaacError
+from ..files.gguf import GgufFile
 from . import tools
 
 
@@ -128,6 +129,18 @@ def read_logits(path: Path) -> Logits:
         raise AaacError(f"{path}: the logits file is cut short; write it again")
     tokens = np.array(data[20:start]).view("<i4").reshape(n_chunks, n_ctx)
     return Logits(tokens, data[start:].view("<u2").reshape(n_chunks, positions, width), n_vocab)
+
+
+def with_bos(tokens: NDArray[np.int32], file: GgufFile) -> NDArray[np.int32]:
+    """Return the tokens of a logits file, int32 [n_chunks, n_ctx], as the model was given them.
+
+    If the tokenizer adds BOS, llama-perplexity feeds it in place of each chunk's first token, but records the text's.
+    """
+    bos = file.get("tokenizer.ggml.bos_token_id")
+    tokens = tokens.copy()
+    if bos is not None and tokens[0, 0] == bos:
+        tokens[:, 0] = bos
+    return tokens
 
 
 def kl_divergence(

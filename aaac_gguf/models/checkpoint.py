@@ -15,6 +15,7 @@ import gguf
 
 from ..errors import AaacError
 from ..files.gguf import GgufFile, read_model
+from .agreement import complete_config, scale_positions
 from .blocks import block_list
 from .files import few, main_dtype, read_json, stored_tensors, weight_files
 
@@ -70,7 +71,9 @@ def check_gguf(source: Path) -> str:
             "give the Hugging Face folder, or calibrate with `imatrix`"
         )
     try:
-        quiet_transformers().AutoConfig.from_pretrained(**_location(source))
+        _config_of_gguf(source)
+    except AaacError:
+        raise
     except Exception as e:
         raise _cannot_load(source, e) from None
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[max(sizes, key=lambda kind: sizes[kind])]
@@ -79,6 +82,12 @@ def check_gguf(source: Path) -> str:
 def stored_dtype(source: Path) -> str:
     """Return the dtype of a folder's weights, as `main_dtype`. What config.json says of it is not always true."""
     return main_dtype(stored_tensors(source))
+
+
+def _config_of_gguf(source: Path) -> Any:
+    config = quiet_transformers().AutoConfig.from_pretrained(**_location(source))
+    complete_config(config, read_model(source))
+    return config
 
 
 def is_causal(file: GgufFile) -> bool:
@@ -125,6 +134,8 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
     if source.is_file() and hasattr(transformers, "GgufConfig"):  # versions without it have only plain weights
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
+        if source.is_file():
+            options["config"] = _config_of_gguf(source)
         if folder and source.is_dir():
             options |= {"device_map": _device_map(source, device, dtype), "offload_folder": folder}
         # No setting of transformers hides the progress bar that it has for a GGUF.
@@ -140,6 +151,8 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
         raise _cannot_load(source, e) from None
     if missing := loaded["missing_keys"]:
         raise AaacError(f"{source}: lacks weights that the model needs: {few(sorted(missing))}; download it again")
+    if source.is_file():
+        scale_positions(model, read_model(source))
     return (model if hasattr(model, "hf_device_map") else model.to(device)).eval()
 
 

@@ -94,7 +94,7 @@ def _compare_with_transformers(
     The model has the decoded weights of `file`. If these find no place in it, there are no log probabilities.
     """
     model = checkpoint.load_model(source)
-    tokens = torch.from_numpy(with_bos(logits.tokens, file)).long()
+    tokens = torch.from_numpy(evaluate.with_bos(logits.tokens, file)).long()
     compare_tensors(result, file, full, importance(model, tokens, file.architecture, file.tensors, text_name))
     result.reference = "transformers with the decoded weights"
     if unmatched := inject(model, full, file):
@@ -200,18 +200,6 @@ def compare_tensors(result: Verification, file: GgufFile, full: GgufFile, imatri
 
 def _ratio(error: Any, power: Any) -> float:
     return float(error / power) if power > 0 else float(error)
-
-
-def with_bos(tokens: np.ndarray, file: GgufFile) -> np.ndarray:
-    """Return the tokens of a logits file, int32 [n_chunks, n_ctx], as the model was given them.
-
-    If the tokenizer adds BOS, llama-perplexity feeds it in place of each chunk's first token, but records the text's.
-    """
-    bos = file.get("tokenizer.ggml.bos_token_id")
-    tokens = tokens.copy()
-    if bos is not None and tokens[0, 0] == bos:
-        tokens[:, 0] = bos
-    return tokens
 
 
 def inject(model: Any, full: GgufFile, file: GgufFile) -> list[str]:

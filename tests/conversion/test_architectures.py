@@ -127,7 +127,7 @@ def test_gpt2(patched, demo_full, tmp_path):
     held = evaluate.read_logits(logits)
     expected = [
         verify.log_probabilities(model, sequence, held.first)
-        for sequence in torch.from_numpy(verify.with_bos(held.tokens, file)).long()
+        for sequence in torch.from_numpy(evaluate.with_bos(held.tokens, file)).long()
     ]
     verify.compare_logits(result, expected, held)
     print(f"gpt2: mean KL divergence {result.mean_kld:.6f}, same top token {result.same_top:.4f}")
