@@ -34,9 +34,11 @@ def check_tensors(source: Path, config: Mapping[str, Any]) -> None:
     quantized = bool(config.get("quantization_config"))
     tensors = stored_tensors(source)
     found = _loading_info(source, tensors, quantized)
+    unused = sorted(found["unexpected_keys"]) if found and not quantized else []
     if missing := _missing_experts(tensors) or sorted(found["missing_keys"] if found else ()):
+        there = f" (and there are others, which it does not: {few(unused)})" if unused else ""
         raise AaacError(
-            f"{source}: {len(missing)} tensors that the model needs are missing: {few(missing)}; "
+            f"{source}: {len(missing)} tensors that the model needs are missing: {few(missing)}{there}; "
             "download the weights again, or correct config.json"
         )
     if (
@@ -49,7 +51,7 @@ def check_tensors(source: Path, config: Mapping[str, Any]) -> None:
             f"{source}: tensor {name} is {list(stored)}, and config.json makes it {list(expected)}; "
             "weights and config.json are not of the same model"
         )
-    if unused := sorted(found["unexpected_keys"]):
+    if unused:
         warn(f"{source}: {len(unused)} tensors are no part of the model and are not used in it: {few(unused)}")
 
 

@@ -16,6 +16,8 @@ _OTHER_FORMATS = ("consolidated*.safetensors", "pytorch_model*.bin")
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
+_LFS = b"version https://git-lfs"
+
 _FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -78,6 +80,9 @@ def stored_tensors(source: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     files = weight_files(source)
     for path in files:
+        with path.open("rb") as f:
+            if f.read(len(_LFS)) == _LFS:
+                raise AaacError(f"{path}: only a Git LFS pointer to the weights; fetch them with `git lfs pull`")
         tensors |= _read_bin(path) if path.suffix == ".bin" else _read_safetensors(path)
     for single in _WEIGHTS:
         index = _index(source, single)

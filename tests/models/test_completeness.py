@@ -69,6 +69,12 @@ def test_a_missing_expert_is_named(tmp_path):
         check(folder)
 
 
+def test_names_of_another_form_are_named_beside_the_missing_ones(folder):
+    change(folder, lambda w: w.update({f"module.{name}": w.pop(name) for name in list(w)}))
+    with pytest.raises(AaacError, match=r"are missing: .*which it does not: module\.model\.embed_tokens\.weight"):
+        check(folder)
+
+
 def test_unused_tensors_are_a_warning(folder):
     change(folder, lambda w: w.update({"value_head.weight": torch.zeros(1, 128)}))
     with pytest.warns(AaacWarning, match=r"1 tensors are no part of the model and are not used in it: value_head"):

@@ -111,6 +111,12 @@ def test_a_file_that_is_cut_short(tmp_path, name):
         files.stored_tensors(tmp_path)
 
 
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / ONE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12\n")
+    with pytest.raises(AaacError, match=rf"{ONE}: only a Git LFS pointer .*`git lfs pull`"):
+        files.stored_tensors(tmp_path)
+
+
 @pytest.mark.parametrize("index", ["[]", '{"weight_map": {}}', '{"weight_map": ["a"]}', "{"])
 def test_an_index_that_is_none(tmp_path, index):
     make(tmp_path, *SHARDS)
