@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as T
 
 from ..calibration.activations import importance
 from ..conversion.dequantize import dequantize_file
@@ -214,7 +215,9 @@ def inject(model: Any, full: GgufFile, file: GgufFile) -> list[str]:
         name for name, t in file.tensors.items() if len(t.shape) > 1 and t.tensor_type != full.tensors[name].tensor_type
     ]
     # MLA's heads are transposed, each for itself.
-    places = _rows_by_content(model, widths={n for name in changed for n in full.shapes[name][-2:]})
+    kinds = {full.tensors[name].tensor_type for name in changed}
+    dtypes = [dtype for kind, dtype in ((T.BF16, torch.bfloat16), (T.F16, torch.float16)) if kind in kinds]
+    places = _rows_by_content(model, {n for name in changed for n in full.shapes[name][-2:]}, dtypes)
     unmatched: list[str] = []
     replacements: list[tuple[list[list[Place]], torch.Tensor]] = []
     for name in changed:  # all rows are looked up before the first is replaced
@@ -235,20 +238,23 @@ def inject(model: Any, full: GgufFile, file: GgufFile) -> list[str]:
     return unmatched
 
 
-def _rows_by_content(model: Any, widths: set[int]) -> dict[int, list[Place]]:
+def _rows_by_content(model: Any, widths: set[int], dtypes: Sequence[torch.dtype]) -> dict[int, list[Place]]:
     """Return the places of every row of the model's parameters, transposed too, by the hash of its bytes.
 
-    widths: only rows of these lengths.
+    widths: only rows of these lengths. dtypes: what the converter may have rounded a parameter of another dtype to.
     """
     places: dict[int, list[Place]] = {}
     for parameter in model.parameters():
         if parameter.dim() < 2:
             continue
-        values = parameter.data
-        matrices = values.unbind() if values.dim() == 3 else [values.flatten(0, -2)]
+        stored = parameter.data
+        matrices = stored.unbind() if stored.dim() == 3 else [stored.flatten(0, -2)]
         for matrix in [*matrices, *(m.T for m in matrices)]:
-            if matrix.shape[1] in widths:
-                for i, row in enumerate(matrix.numpy()):
+            if matrix.shape[1] not in widths:
+                continue
+            rounded = [matrix.to(dtype).float() for dtype in dtypes]
+            for values in (matrix, *(r for r in rounded if not torch.equal(r, matrix))):
+                for i, row in enumerate(values.numpy()):
                     places.setdefault(hash(row.tobytes()), []).append((matrix, i))
     return places
 

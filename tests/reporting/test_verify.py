@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
+from conftest import write_source
 
 from aaac_gguf import cli, resources
 from aaac_gguf.conversion import convert
@@ -120,3 +122,14 @@ def test_a_truncated_file_is_refused(converted, tmp_path, capsys):
     (tmp_path / "cut.gguf").write_bytes(converted.read_bytes()[:-40_000])
     assert run(tmp_path / "cut.gguf") == 2
     assert "the data of tensor" in capsys.readouterr().err
+
+
+def test_rows_that_the_converter_rounded_find_their_place(tmp_path, rng):
+    """A float32 matrix in a checkpoint of bfloat16."""
+    values = rng.normal(size=(8, 64)).astype(np.float32)
+    model = torch.nn.Linear(64, 8, bias=False)
+    model.weight.data = torch.from_numpy(values.copy())
+    full = gguf_io.read(write_source(tmp_path / "full.gguf", {"output.weight": values}, bfloat16=True))
+    file = gguf_io.read(write_source(tmp_path / "file.gguf", {"output.weight": values / 2}))
+    assert verify.inject(model, full, file) == []
+    np.testing.assert_array_equal(model.weight.detach(), values / 2)
