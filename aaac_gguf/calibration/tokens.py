@@ -25,10 +25,10 @@ def fitting_length(file: GgufFile, length: int, setting: str) -> int:
 
     Models with learned positions fail beyond them, and no model was trained there.
     """
-    positions = int(file.setting("context_length", 0)) or length
+    positions = file.positions(length)
     if length > positions:
         warn(f"`{setting}` {length}: the model has {positions} positions; {positions} are taken")
-    return min(length, positions)
+    return positions
 
 
 def check_ids(tokens: Tensor, n_rows: int, text: Path) -> None:

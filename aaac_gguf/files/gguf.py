@@ -166,6 +166,11 @@ class GgufFile:
         """Return the value of one of the architecture's own metadata keys."""
         return self.get(f"{self.architecture}.{key}", default)
 
+    def positions(self, at_most: int) -> int:
+        """Return `at_most`, or the number of positions that the model has if that is smaller."""
+        learned = self.shapes.get("position_embd.weight", (0,))[0]
+        return min([at_most, *(n for n in (int(self.setting("context_length", 0)), learned) if n)])
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor's shape in numpy order."""

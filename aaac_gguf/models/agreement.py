@@ -97,9 +97,8 @@ def check_agreement(model: Any, file: GgufFile) -> None:
     """
     if not (build.is_built("cuda") or build.is_built("cpu")):
         return
-    n_ctx = min(N_CTX, int(file.setting("context_length", N_CTX)))
     with temporary_folder("aaac-agreement-") as folder:
-        evaluate.save_logits(file.path, SAMPLE_TEXT, folder / "logits", n_ctx, n_chunks=1)
+        evaluate.save_logits(file.path, SAMPLE_TEXT, folder / "logits", file.positions(N_CTX), n_chunks=1)
         logits = evaluate.read_logits(folder / "logits")
         tokens = torch.from_numpy(evaluate.with_bos(logits.tokens, file)).long()
         with torch.inference_mode():

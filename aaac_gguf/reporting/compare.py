@@ -110,7 +110,7 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
             row = describe(type_name, path, full, seconds)
             for text, base in bases.items():
                 row.scores[text.name] = evaluate.score(path, text, base, options.n_ctx, options.n_chunks)
-            row.prompt_speed, row.generation_speed = speeds(path, scratch / "bench.log")
+            row.prompt_speed, row.generation_speed = speeds(path, full, scratch / "bench.log")
             result.rows.append(row)
     write(folder, result)
     return result
@@ -222,9 +222,13 @@ def describe(name: str, path: Path, full: GgufFile, seconds: float | None) -> Ro
     )
 
 
-def speeds(path: Path, log: Path) -> tuple[Speed, Speed]:
-    """Return the tokens per second of a prompt of 512 tokens and of generating 128, by llama-bench."""
-    args: list[str | Path] = ["-m", path, "-p", "512", "-n", "128", "-r", "3", "-o", "json"]
+def speeds(path: Path, full: GgufFile, log: Path) -> tuple[Speed, Speed]:
+    """Return the tokens per second of a prompt of 512 tokens and of generating 128, by llama-bench.
+
+    They are fewer if the model has fewer positions.
+    """
+    sizes = ["-p", str(full.positions(512)), "-n", str(full.positions(128))]
+    args: list[str | Path] = ["-m", path, *sizes, "-r", "3", "-o", "json"]
     runs = json.loads(tools.tool_output("llama-bench", args, log))
     prompt, generation = ((run["avg_ts"], run["stddev_ts"]) for run in sorted(runs, key=lambda run: run["n_gen"]))
     return prompt, generation

@@ -73,7 +73,7 @@ def verify(
             compare_tensors(result, file, full, given)
             warn(f"{path}: logits are not compared, since {full.architecture} is no model of the next token")
             return result
-        n_ctx = min(N_CTX, int(full.setting("context_length", N_CTX)))
+        n_ctx = full.positions(N_CTX)
         evaluate.save_logits(file.path, text, scratch / "logits", n_ctx)
         logits = evaluate.read_logits(scratch / "logits")
         if source.is_dir():
@@ -129,7 +129,7 @@ def _compare_embeddings(
         return
     content = text.read_text("utf-8", "replace")
     pieces = [content[i : i + PIECE_SIZE].strip() for i in range(0, N_PIECES * PIECE_SIZE, PIECE_SIZE)]
-    n_ctx = min(N_CTX, int(full.setting("context_length", N_CTX)))
+    n_ctx = full.positions(N_CTX)
     pieces = [piece for piece in pieces if piece]
     if not pieces:
         raise AaacError(f"{text}: the text is empty; give a longer one")

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 from aaac_samples import random_blocks
-from conftest import random_codec
+from conftest import random_codec, write_source
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 from gguf_samples import KV, aaac_file
@@ -176,3 +176,17 @@ def test_the_byte_order_of_a_big_endian_file_is_named(tmp_path):
     writer.close()
     with pytest.raises(AaacError, match=r"big\.gguf: is big-endian, .*gguf-convert-endian"):
         gguf_io.read(path)
+
+
+def test_positions_are_no_more_than_the_model_has(tmp_path):
+    norm = {"output_norm.weight": np.ones(64, dtype=np.float32)}
+    learned = norm | {"position_embd.weight": np.ones((96, 64), dtype=np.float32)}
+    for tensors, said, expected in (
+        (norm, {}, 512),
+        (norm, {"context_length": 1024}, 512),
+        (norm, {"context_length": 128}, 128),
+        (learned, {}, 96),
+        (learned, {"context_length": 128}, 96),
+    ):
+        file = gguf_io.read(write_source(tmp_path / "x.gguf", tensors, settings=said))
+        assert file.positions(512) == expected
