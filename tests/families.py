@@ -20,7 +20,7 @@ from aaac_gguf.llama import build
 WITHOUT_HEAD_DIM = {key: n for key, n in SIZES.items() if key != "head_dim"}
 EXPERTS = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
 ONE_GROUP = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4}
+MLA = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 64, "v_head_dim": 32, "num_key_value_heads": 4}
 VISION = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -56,7 +56,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         **COMMON, **WITHOUT_HEAD_DIM | MLA, **EXPERTS, **ONE_GROUP, q_lora_rank=None, topk_method="greedy"
     ),
     "DeepSeek-V3": lambda: tf.DeepseekV3Config(
-        **COMMON, **WITHOUT_HEAD_DIM | MLA, **EXPERTS, **ONE_GROUP, q_lora_rank=32
+        **COMMON, **WITHOUT_HEAD_DIM | MLA, **EXPERTS, **ONE_GROUP, q_lora_rank=64
     ),
     "GraniteMoe": lambda: tf.GraniteMoeConfig(
         **COMMON, **WITHOUT_HEAD_DIM | {"intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2

@@ -23,6 +23,7 @@ from ..files.imatrix import Entry, Imatrix
 from ..models.blocks import Blocks
 from ..models.checkpoint import gguf_names
 from ..models.finite import is_finite, not_finite
+from ..models.mla import by_queries, key_matrices
 from ..progress import progress
 
 # Called with a parameter's name, the expert (0 for a parameter without experts) and the inputs [tokens, K].
@@ -52,12 +53,17 @@ class Products(TorchFunctionMode):
     in one product, and GPT-2's transposed Conv1D. A row of zeros in a product of all experts is a token that was routed
     elsewhere, and is not reported.
 
+    The keys' matrices of `models.mla` are reported with the queries that llama.cpp multiplies them with, for each head.
+
     has_rows  whether the outputs of the last product that was reported are [..., N], a row for each input
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], observer: Observer):
         super().__init__()
-        matrices = [(p.data_ptr(), name, p) for name, p in parameters.items() if p.dim() >= 2]
+        self.keys = by_queries(parameters)
+        self.channels = {name: parameters[name].shape[::2] for name in self.keys.values()}  # heads, channels
+        views = set(self.keys.values())
+        matrices = [(p.data_ptr(), name, p) for name, p in parameters.items() if p.dim() >= 2 and name not in views]
         matrices.sort(key=lambda item: item[0])
         self.starts = [start for start, _, _ in matrices]
         self.parameters = [(name, p) for _, name, p in matrices]
@@ -82,7 +88,10 @@ class Products(TorchFunctionMode):
             self._report_einsum(args[0], *(args[1] if isinstance(args[1], list | tuple) else args[1:]))
         elif func in _GROUPED:
             self._report_groups(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if self.keys and func is torch.nn.functional.linear:
+            self._report_queries(args[1] if len(args) > 1 else kwargs["weight"], out)
+        return out
 
     def _place(self, weight: torch.Tensor) -> tuple[str, torch.nn.Parameter, int] | None:
         """Return the parameter whose memory a tensor shares, its name, and the offset in it; None if there is none."""
@@ -149,6 +158,17 @@ class Products(TorchFunctionMode):
             if end > start:
                 self._report(inputs[start:end], weight[i])
             start = end
+
+    def _report_queries(self, weight: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Report the outputs [..., heads * (channels + rotated)] of a product as inputs of the keys' matrix."""
+        place = self._place(weight)
+        if place is None or place[0] not in self.keys:
+            return
+        keys = self.keys[place[0]]
+        heads, channels = self.channels[keys]
+        queries = outputs.detach().reshape(-1, heads, outputs.shape[-1] // heads)[..., :channels]
+        for head in range(heads):
+            self.observer(keys, head, queries[:, head])
 
 
 class Activations:
@@ -245,7 +265,8 @@ class Squares:
         """
         n_layers = model.config.get_text_config().num_hidden_layers
         entries: dict[str, Entry] = {}
-        for name, parameter in model.named_parameters():
+        parameters = dict(model.named_parameters())
+        for name, parameter in (parameters | key_matrices(model, parameters)).items():
             n_experts = len(parameter) if parameter.dim() == 3 else 1
             seen = [expert for expert in range(n_experts) if (name, expert) in self.sums]
             if not seen:

@@ -52,12 +52,14 @@ class InputRecorder(Products):
             return
         if self.dims[name] == 2:
             self._product = name
-            if self.inputs:
-                (first, _), latest = next(reversed(self.inputs.items()))
+            for (first, _), latest in reversed(self.inputs.items()):
+                if self.dims[first] != 2:
+                    continue
                 # `self.inputs` keeps its tensors alive, so an equal address is the same tensor.
                 if latest.data_ptr() == inputs.data_ptr() and latest.shape == inputs.shape:
                     self.same_input_as[name] = first
                     return
+                break
         self.same_input_as[name] = name
         seen = self.inputs.get((name, expert))
         self.inputs[name, expert] = inputs if seen is None else torch.cat([seen, inputs])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .finite import is_finite, not_finite
+from .mla import key_matrices
 
 # Runs a block on an input [n, T, d]; the block's other arguments are those that the model gave.
 RunBlock = Callable[[Tensor], Any]
@@ -62,11 +63,13 @@ class Blocks:
     def parameters(self, i: int) -> dict[str, torch.nn.Parameter]:
         """Return the parameters of block i by their names in the model. The head's are those of no block.
 
-        In a model that stays on disk they have values from `load` until another block is loaded.
+        The matrices of `mla.key_matrices` are among them. In a model that stays on disk they have values from `load`
+        until another block is loaded.
         """
         by_block = [{id(p) for p in block.parameters()} for block in self.blocks]
         inside = by_block[i] if i < len(self.blocks) else set().union(*by_block)
-        return {name: p for name, p in self.model.named_parameters() if (id(p) in inside) == (i < len(self.blocks))}
+        own = {name: p for name, p in self.model.named_parameters() if (id(p) in inside) == (i < len(self.blocks))}
+        return own | key_matrices(self.model, own)
 
     def load(self, i: int) -> None:
         """Load the weights of block i if they are on disk.
