@@ -10,9 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aaac_gguf import cli, resources
-from aaac_gguf.conversion.mixed import TypeOption, choose, measure
-from aaac_gguf.conversion.plan import Rounding, TensorPlan
+from aaac_gguf.conversion.calibrate import Calibration
+from aaac_gguf.conversion.job import CalibrationInput, Job
+from aaac_gguf.conversion.mixed import TypeOption, choose, measure, mix
+from aaac_gguf.conversion.plan import Rounding, TensorPlan, make_plan
+from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files.gguf import read
+from aaac_gguf.files.imatrix import Imatrix
 from aaac_gguf.quantizer.moments import Moments
 from aaac_gguf.quantizer.quantize import quantize
 
@@ -104,6 +108,22 @@ def test_a_matrix_that_matters_costs_more():
     assert q6_k.loss == pytest.approx(
         quantize(weight, T.Q6_K).relative_error * float(weight.square().sum()) / 2, rel=0.3
     )
+
+
+@pytest.mark.parametrize("asked", [(), (("attn_q", "AAAC4_G32"),)])
+def test_every_matrix_gets_a_type_but_those_that_have_one(source, asked):
+    """A budget for the largest types: all that the budget is for have them."""
+
+    class Unmeasured:
+        def moments(self, name):
+            return None
+
+    file, settings = read(source), Settings(bpw=16, tensor_types=asked)
+    job = Job(source, settings, "measured", CalibrationInput("text", {}), make_plan(file, settings, "measured"), {})
+    mixed = mix(job, file, Calibration(Imatrix({}), Unmeasured()))
+    before, after = ({p.name: p.type for p in j.plans} for j in (job, mixed))
+    free = {"blk.0.attn_q.weight", "blk.0.ffn_down.weight"} - {f"blk.0.{name}.weight" for name, _ in asked}
+    assert after == before | dict.fromkeys(free, T.Q8_0)
 
 
 @pytest.mark.llama
