@@ -14,6 +14,7 @@ import torch
 from gguf import GGUFValueType
 
 from .. import __version__
+from ..calibration.recorder import MAX_OUTPUTS
 from ..calibration.tokens import RANDOM_SHARE, check_ids, fitting_length, text_tokens
 from ..errors import AaacError, warn
 from ..files import format as fmt
@@ -94,13 +95,15 @@ class Job:
         return {p.name: TENSOR_TYPES[p.type].largest for p in self.plans if p.type != p.source_type}
 
     def scratch_bytes(self, header: GgufFile) -> int:
-        """Return the disk space for temporary files: a folder's weights as GGUF, activations and gradients."""
+        """Return the disk space for temporary files: a folder's weights as GGUF, activations and sums of gradients."""
         weights = header.n_bytes if self.source.is_dir() else 0
         if self.moments != "measured":
             return weights
         n_blocks, width = (int(header.setting(key, 0)) for key in ("block_count", "embedding_length"))
         n_tokens = int(self.calibration.n_tokens * (1 + RANDOM_SHARE))
-        return weights + 4 * (2 * (n_blocks + 1) + 1) * n_tokens * width
+        rows = [p.shape[-2] for p in self.plans if p.name in self.searched and len(p.shape) == 2]
+        outputs = sum(n * (n + 1) // 2 for n in rows if n <= MAX_OUTPUTS)
+        return weights + 4 * ((n_blocks + 3) * n_tokens * width + outputs)
 
 
 def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
