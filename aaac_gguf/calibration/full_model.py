@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import nullcontext
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,58 +26,78 @@ class BlockRecord:
 
 
 class FullModel:
-    """Backward passes of the full model, one block at a time.
+    """Passes of the full model, one block at a time: backward for the gradients, then forward again for the inputs.
 
     The loss is the negative log-likelihood of one token per position that the model itself draws, summed.
 
     hidden     what every block gets in the full model, [blocks, n, T, d]
-    gradients  of the loss with respect to it, same shape; that of block 0 is not computed
+    gradients  of the loss with respect to the input of the last block that was run backward, [n, T, d]
     batches    the sequences that run together
     weights    how much each sequence of a batch counts, by batch
     """
 
-    def __init__(self, activations: Activations, weights: Tensor, folder: Path, seed: int):
-        """Compute the gradients. The activations have been run; no weight of the model has been replaced.
+    def __init__(
+        self,
+        activations: Activations,
+        wanted: Sequence[Collection[str]],
+        weights: Tensor,
+        folder: Path,
+        seed: int,
+    ):
+        """Sum the products of gradients. The activations have been run; no weight of the model has been replaced.
 
+        wanted: the parameters, by block, whose moments will be asked for.
         weights: how much each sequence counts, float32 [n], equal for all text and for all others.
+        folder: for the sums, half of float32 [N, N] a parameter.
         """
         self.activations, self.blocks, self.hidden = activations, activations.blocks, activations.hidden
+        self.wanted, self.folder = wanted, folder
         self.batches = activations.batches(len(activations.sequences))
         self.weights = [float(weights[batch.start]) for batch in self.batches]
         self.uniform = torch.rand(*activations.sequences.shape, 1, generator=torch.Generator().manual_seed(seed))
-        self.gradients = on_disk(folder / "gradients", self.hidden.shape, self.hidden.dtype)
-        for i in progress(range(len(self.blocks) - 1, 0, -1), desc="measuring sensitivities", unit="block"):
-            for batch in self.batches:
-                gradient = self.backward(i, batch)
+        self.gradients = on_disk(folder / "gradients", self.hidden.shape[1:], self.hidden.dtype)
+        last = len(self.blocks) - 1
+        for i in progress(range(last, -1, -1), desc="measuring sensitivities", unit="block"):
+            self.blocks.load(i)
+            recorder = InputRecorder(self.blocks.parameters(i), wanted[i])
+            for batch, weight in zip(self.batches, self.weights, strict=True):
+                recorder.inputs, recorder.weight = {}, weight
+                gradient = self._backward(i, batch, recorder)
                 if not gradient.isfinite().all():
                     raise AaacError(
-                        f"`calibration`: the gradient at decoder block {i} of {len(self.blocks) - 1} is not finite; "
+                        f"`calibration`: the gradient at decoder block {i} of {last} is not finite; "
                         "check the model's weights, or set `feedback` to False"
                     )
-                self.gradients[i, batch] = gradient
+                self.gradients[batch] = gradient
+            torch.save({name: _packed(sums) for name, sums in recorder.outputs.items()}, self._outputs_file(i))
 
-    def record(self, i: int, wanted: Collection[str]) -> BlockRecord:
-        """Run block i forward and backward on all sequences and record its parameters `wanted`.
-
-        The block must still have its full-precision weights.
-        """
+    def record(self, i: int) -> BlockRecord:
+        """Run block i on all sequences and return its products. It must still have its full-precision weights."""
         self.blocks.load(i)
-        recorder = InputRecorder(self.blocks.parameters(i), wanted)
+        recorder = InputRecorder(self.blocks.parameters(i), self.wanted[i])
         inputs = []
-        for batch, weight in zip(self.batches, self.weights, strict=True):
-            recorder.inputs, recorder.weight = {}, weight
-            self.backward(i, batch, recorder)
+        for batch in self.batches:
+            recorder.inputs = {}
+            with torch.no_grad(), recorder:
+                self.activations.run_block(i, batch, self.hidden[i, batch])
             inputs.append(recorder.inputs)
-        return BlockRecord(inputs, recorder.same_input_as, recorder.outputs)
+        outputs = {
+            name: _unpacked(sums).to(self.blocks.model.device)
+            for name, sums in torch.load(self._outputs_file(i)).items()
+        }
+        return BlockRecord(inputs, recorder.same_input_as, outputs)
 
-    def backward(self, i: int, batch: slice, recorder: InputRecorder | None = None) -> Tensor:
-        """Run block i forward and backward. Return the gradient at its inputs, [n, T, d]."""
+    def _outputs_file(self, i: int) -> Path:
+        return self.folder / f"outputs-{i}"
+
+    def _backward(self, i: int, batch: slice, recorder: InputRecorder) -> Tensor:
+        """Run block i forward, and backward from `gradients`. Return the gradient at its inputs, [n, T, d]."""
         hidden = self.hidden[i, batch].to(self.blocks.model.device, copy=True).requires_grad_(True)
         with torch.enable_grad():
-            with recorder or nullcontext():
+            with recorder:
                 out = self.activations.run_block(i, batch, hidden)
             if i < len(self.blocks) - 1:
-                out.backward(self.gradients[i + 1, batch].to(out.device))
+                out.backward(self.gradients[batch].to(out.device))
             else:
                 logits = out.float()
                 # One uniform number per token, drawn on the CPU: the same on every device.
@@ -86,3 +106,17 @@ class FullModel:
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
         assert hidden.grad is not None
         return hidden.grad
+
+
+def _packed(symmetric: Tensor) -> Tensor:
+    """Return the upper triangle of a matrix [N, N] row by row, on the CPU."""
+    return torch.cat([row[i:] for i, row in enumerate(symmetric.cpu())])
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """Return the symmetric matrix of `_packed`."""
+    n = math.isqrt(2 * len(packed))
+    symmetric = torch.empty(n, n)
+    for i, row in enumerate(packed.split(list(range(n, 0, -1)))):
+        symmetric[i, i:] = symmetric[i:, i] = row
+    return symmetric

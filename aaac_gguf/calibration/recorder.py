@@ -110,7 +110,20 @@ def add_product(sums: dict[Any, Tensor], key: Any, weight: float, a: Tensor, b: 
     On a CPU a product of bfloat16 numbers is rounded to bfloat16, once per batch. This is 1e-3 of a sum in the end;
     damping adds 3e-2.
     """
-    product = torch.mm(a.T, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.T @ b
+    if a.is_cuda and a.dtype != torch.float32:
+        product = torch.mm(a.T, b, out_dtype=torch.float32)
+    else:
+        product = a.T @ b if a is not b or a.is_cuda else _square(a)
     if key not in sums:
         sums[key] = torch.zeros(product.shape, device=product.device)
     sums[key].add_(product, alpha=weight)
+
+
+def _square(a: Tensor) -> Tensor:
+    """Return a^T a for a [n, K]. Stripes of its lower triangle are little more than half of the work."""
+    square = a.new_empty(a.shape[1], a.shape[1])
+    for stripe in torch.arange(a.shape[1]).chunk(8):
+        first, end = int(stripe[0]), int(stripe[-1]) + 1
+        square[first:end, :end] = a[:, first:end].T @ a[:, :end]
+        square[:first, first:end] = square[first:end, :first].T
+    return square

@@ -1,8 +1,8 @@
 """Measure second moments layer by layer, for the inputs that the quantized layers before give.
 
 There are three sweeps over the blocks, each with all calibration sequences: forward (`activations.Activations`),
-backward for the gradients at the blocks' inputs (`full_model.FullModel`), and forward again while the caller quantizes
-(`BlockMoments`). In memory are one block and what it computes; the rest is on disk.
+backward for the gradients at the outputs of every product (`full_model.FullModel`), and forward again while the caller
+quantizes (`BlockMoments`). In memory are one block and what it computes; the rest is on disk.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class BlockMoments:
         """
         self.activations, self.blocks = activations, activations.blocks
         self.places = TensorPlaces(self.blocks, file, tensors)
-        self.full = FullModel(activations, weights, folder, seed)
+        wanted = [{self.places[name].parameter for name in self.tensors(i)} for i in range(len(self.blocks))]
+        self.full = FullModel(activations, wanted, weights, folder, seed)
         self.hidden = on_disk(folder / "quantized", self.full.hidden[0].shape, self.full.hidden.dtype)
         self.hidden.copy_(self.full.hidden[0])
         self.position = 0
@@ -113,7 +114,7 @@ class BlockMoments:
     def record(self, i: int) -> BlockRecord:
         """Return the full model's products in block i. The last one asked for is kept."""
         if not self._recorded or self._recorded[0] != i:
-            self._recorded = i, self.full.record(i, {self.places[name].parameter for name in self.tensors(i)})
+            self._recorded = i, self.full.record(i)
         return self._recorded[1]
 
     def _layer_moments(self, i: int, record: BlockRecord, parameter: str, drifting: bool) -> tuple[Moments, float]:

@@ -129,6 +129,16 @@ def test_experts_have_sums_of_their_own():
     assert sums.counts == [0.0, 10.0, 0.0]
 
 
+@pytest.mark.parametrize("n_channels", [1, 7, 8, 100])
+def test_squares_are_summed_by_their_lower_triangle(n_channels):
+    x = torch.randn(30, n_channels)
+    sums: dict[str, torch.Tensor] = {}
+    add_product(sums, "x", 1.0, x, x)
+    add_product(sums, "y", 1.0, x, x.clone())
+    torch.testing.assert_close(sums["x"], sums["y"])
+    assert torch.equal(sums["x"], sums["x"].T)
+
+
 def test_sums_of_low_precision_products_are_float32():
     sums: dict[str, torch.Tensor] = {}
     for _ in range(300):

@@ -59,15 +59,15 @@ def block_moments(
 
 def test_moments_are_those_of_inputs_and_gradients(model, demo_full, tmp_path):
     tokens = random_tokens()
-    moments = block_moments(model, demo_full, tmp_path, tokens)
     inputs, gradients = [], []
 
     def watch(_, args, out):
-        inputs.append(args[0].detach())
-        out.register_hook(lambda g: gradients.append(g))
+        if out.requires_grad:  # the backward sweep
+            inputs.append(args[0].detach())
+            out.register_hook(lambda g: gradients.append(g.clone()))
 
     hook = module(model, DOWN).register_forward_hook(watch)
-    found = moments.moments(DOWN)
+    found = block_moments(model, demo_full, tmp_path, tokens).moments(DOWN)
     hook.remove()
     x, g = torch.cat(inputs).flatten(0, 1), torch.cat(gradients).flatten(0, 1)
     assert len(x) == len(g) == tokens.numel()
