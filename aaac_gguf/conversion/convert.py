@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gguf import GGMLQuantizationType as T
+
 from ..files.atomic import PARTIAL
 from ..files.imatrix import Coverage
 from ..files.journal import Journal, Record
@@ -24,9 +26,10 @@ from ..quantizer.moments import DAMPING
 from .calibrate import Calibration, calibrate
 from .coverage import coverage
 from .encoder import quantized_tensors
+from .exact import keep_exact, may_be_exact
 from .job import Job, prepare
 from .mixed import mix
-from .plan import Rounding, TensorPlan
+from .plan import BY_NATURE, Rounding, TensorPlan
 from .settings import Settings
 
 
@@ -46,6 +49,7 @@ class Report:
 
     coverage    None without calibration
     unmeasured  how tensors were rounded of which second moments were to be measured and were not, by name
+    exact       the types of tensors that are 4-bit by nature and stored without loss, by name
     not_moved   tensors whose rows were not found in the model that calibration ran: matrices after them were calibrated
                 on what their full-precision weights compute
     seconds     of the whole conversion
@@ -63,6 +67,7 @@ class Report:
     left_out: str = ""
     unmeasured: dict[str, Rounding] = field(default_factory=dict)
     not_moved: list[str] = field(default_factory=list)
+    exact: dict[str, T] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
@@ -99,11 +104,12 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
         with full_precision(source, scratch) as file:
             fingerprint["source"] = check_weights(file, job.largest)
             journal.check(fingerprint)
+            job = keep_exact(job, file)
             calibration = calibrate(job, file, scratch)
             if settings.mixes:
                 job = mix(job, file, calibration)
-                layout = job.layout(out)
-                fingerprint["types"] = job.types_digest()
+            layout = job.layout(out)
+            fingerprint["types"] = job.types_digest()
             output = Output(layout, journal, fingerprint)
             n_weights = {plan.name: plan.n_weights for plan in job.plans}
             done = sum(n_weights[name] for name in output.finished)
@@ -123,10 +129,13 @@ def dry_run(source: Path, out: Path, settings: Settings) -> DryRun:
     with temporary_folder("aaac-") as scratch:
         with full_precision(source, scratch, header_only=True) as header:
             job = prepare(source, header, settings)
-        if settings.mixes:
-            settings.check_device()
+        # All this depends on the weights.
+        if settings.mixes or source.is_file() or may_be_exact(source):
             with full_precision(source, scratch) as file:
-                job = mix(job, file, calibrate(job, file, scratch))
+                job = keep_exact(job, file)
+                if settings.mixes:
+                    settings.check_device()
+                    job = mix(job, file, calibrate(job, file, scratch))
     layout = job.layout(out)
     return DryRun(job.plans, layout.n_bytes, len(layout.shards))
 
@@ -162,6 +171,7 @@ def _report(
             if name in planned and r.rounding != Rounding.FEEDBACK
         },
         not_moved=measured.places.without_rows if measured else [],
+        exact={p.name: p.type for p in job.plans if p.rounding == Rounding.EXACT or p.type in BY_NATURE},
         left_out=checkpoint.left_out(job.source),
     )
 

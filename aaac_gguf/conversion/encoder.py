@@ -12,10 +12,12 @@ from ..files.gguf import GgufFile, dequantize
 from ..files.journal import Record
 from ..files.output import Output
 from ..models.weights import load_weight
+from ..quantizer.exact import encode_exactly
 from ..quantizer.moments import Moments
 from ..quantizer.quantize import quantize
 from ..quantizer.types import TENSOR_TYPES, Method, round_to_nearest
 from .calibrate import Calibration
+from .exact import DTYPES
 from .job import Job
 from .plan import Rounding, TensorPlan
 
@@ -81,6 +83,11 @@ def encode(
     """
     if plan.rounding == Rounding.COPY:
         return file.tensors[plan.name].data, Record(plan.rounding, file.codecs.get(plan.name))
+    if plan.rounding == Rounding.EXACT:
+        exact = encode_exactly(load_weight(file, plan.name, "cpu"), DTYPES[plan.source_type], plan.type)
+        assert exact, plan.name  # the plan says so
+        file.release()
+        return exact.data, Record(plan.rounding, exact.codec)
     weight = load_weight(file, plan.name, job.settings.device)
     file.release()  # most often `weight` is a copy
     moments = None

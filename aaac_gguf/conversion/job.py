@@ -24,7 +24,7 @@ from ..files.layout import Layout, lay_out
 from ..models import checkpoint
 from ..quantizer.types import TENSOR_TYPES
 from ..resources import sha256
-from .plan import TensorPlan, is_searched, make_plan, unknown_integers
+from .plan import TensorPlan, make_plan, unknown_integers
 from .settings import CalibrationKind, MomentsKind, Settings, parse_type
 
 
@@ -43,6 +43,9 @@ class CalibrationInput:
     n_tokens: int = 0
     tokens: torch.Tensor | None = None
     imatrix: Imatrix | None = None
+
+
+_NOTHING = CalibrationInput("none", {"source": "none"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,7 @@ class Job:
     @property
     def searched(self) -> list[str]:
         """Return the names of the tensors that are rounded by search."""
-        return [p.name for p in self.plans if is_searched(p.name, p.source_type, p.type)]
+        return [p.name for p in self.plans if p.is_searched]
 
     def layout(self, out: Path) -> Layout:
         """Return the files of the output and the place of every tensor in them."""
@@ -94,6 +97,11 @@ class Job:
         """Return the largest magnitude that each tensor's type can hold, for the tensors that change their type."""
         return {p.name: TENSOR_TYPES[p.type].largest for p in self.plans if p.type != p.source_type}
 
+    def without_calibration(self) -> Job:
+        """Return the same job for plans in which nothing is left to be rounded by search."""
+        metadata = {k: v for k, v in self.metadata.items() if k not in (fmt.KEY_QUANTIZER, fmt.KEY_CALIBRATION)}
+        return replace(self, moments="none", calibration=_NOTHING, metadata=metadata)
+
     def scratch_bytes(self, header: GgufFile) -> int:
         """Return the disk space for temporary files: a folder's weights as GGUF, activations and sums of gradients."""
         weights = header.n_bytes if self.source.is_dir() else 0
@@ -116,7 +124,7 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
     plans = make_plan(header, settings, settings.moments_kind(source))
     if unknown := unknown_integers(header):
         warn(f"{source}: left out, since llama.cpp knows no such tensors: {', '.join(unknown)}")
-    is_calibrated = any(is_searched(p.name, p.source_type, p.type) for p in plans)
+    is_calibrated = any(p.is_searched for p in plans)
     moments = settings.moments_kind(source) if is_calibrated else "none"
     if settings.mixes and moments != "measured":
         raise AaacError(
@@ -126,9 +134,7 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
     if is_calibrated and settings.calibration_kind(source) in ("self", "text"):
         length = fitting_length(header, settings.sequence_length, "sequence_length")
         settings = replace(settings, sequence_length=length)
-    calibration = (
-        _calibration_input(source, header, settings) if is_calibrated else CalibrationInput("none", {"source": "none"})
-    )
+    calibration = _calibration_input(source, header, settings) if is_calibrated else _NOTHING
     metadata = output_metadata(header, TENSOR_TYPES[parse_type(settings.type, "type")].file_type)
     if is_calibrated:
         description = {**calibration.description, "method": settings.method, "feedback": moments}
@@ -200,4 +206,4 @@ def _calibration_input(source: Path, header: GgufFile, settings: Settings) -> Ca
                 "sequence_length": length,
             }
             return CalibrationInput(kind, description, tokens.numel(), tokens=tokens)
-    return CalibrationInput("none", {"source": "none"})
+    return _NOTHING

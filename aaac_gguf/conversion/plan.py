@@ -20,6 +20,8 @@ from .settings import PLAIN_TYPES, MomentsKind, Settings, parse_type
 NOT_WEIGHTS = (T.I8, T.I16, T.I32, T.I64, T.F64)  # what else a full-precision file may hold: copied as it is
 BY_NATURE = (T.MXFP4, T.NVFP4)  # checkpoints are trained in these 4-bit types, and so they are copied too
 
+ASKED_FOR = "asked for: "  # the reason of a type that a setting gave
+
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 # From so many bits per weight up, search gains nothing for embeddings and the output matrix.
 _FINE_BITS = 5
@@ -39,6 +41,7 @@ class Rounding(StrEnum):
     """The ways in which a tensor's weights become those of its type."""
 
     COPY = "copy"  # as they are
+    EXACT = "exact"  # found to be 4-bit by nature, and encoded without loss
     NEAREST = "nearest"  # each to the nearest value, as llama-quantize does without an importance matrix
     IMPORTANCE = "importance"  # searched for the least error under the importance of the inputs
     FEEDBACK = "feedback"  # searched with error feedback under second moments
@@ -75,6 +78,11 @@ class TensorPlan:
     def without_moments(self) -> Rounding:
         """Return how it is rounded if calibration turns out to have no second moments of it."""
         return Rounding.IMPORTANCE if TENSOR_TYPES[self.type].by_importance else Rounding.NEAREST
+
+    @property
+    def is_searched(self) -> bool:
+        """Return whether it is rounded by search."""
+        return self.rounding != Rounding.EXACT and is_searched(self.name, self.source_type, self.type)
 
 
 def is_searched(name: str, source_type: T, ggml_type: T) -> bool:
@@ -133,7 +141,7 @@ def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tup
         for override in overrides if is_matrix(name, shape, tensor.tensor_type) else ():
             if override.pattern.search(name):
                 used.add(override)
-                wanted, reason = override.type, f"asked for: {override.pattern.pattern}"
+                wanted, reason = override.type, f"{ASKED_FOR}{override.pattern.pattern}"
         fitting = _fitting(wanted, shape[-1], tensor.tensor_type)
         if fitting != wanted:
             blocks = f"whole {wanted.name} blocks of {GGML_QUANT_SIZES[wanted][0]}"

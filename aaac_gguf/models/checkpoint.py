@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,14 @@ def _config_of_gguf(source: Path) -> Any:
     config = quiet_transformers().AutoConfig.from_pretrained(**_location(source))
     complete_config(config, read_model(source))
     return config
+
+
+def quantization(source: Path) -> Mapping[str, Any]:
+    """Return the quantization_config of a folder's config.json, also that of a text model inside; {} if it has none."""
+    config = read_json(source / "config.json")
+    inner = config.get("text_config")
+    found = config.get("quantization_config") or (inner.get("quantization_config") if isinstance(inner, dict) else None)
+    return found if isinstance(found, dict) else {}
 
 
 def is_causal(file: GgufFile) -> bool:
@@ -178,13 +186,15 @@ def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collec
     if arch is None:
         return []
     names = gguf.get_tensor_name_map(arch, n_layers)
-    parameter = parameter.replace("language_model.", "", 1)  # inside a model that reads images or sounds too
+    parameter = re.sub(r"(language_model|text_model)\.", "", parameter, count=1)  # inside one that reads images too
     spellings = [parameter]
     # The gguf library knows the names of checkpoints on disk. transformers gives all mixtures the same names inside.
     spellings += [re.sub(r"(layers\.\d+\.)\w+\.(experts\.)", r"\1mlp.\2", parameter)]
     spellings += [re.sub(r"shared_mlp\.input_linear", "mlp.shared_expert.gate_up_proj", parameter)]
     if "expert" in spellings[-1]:
         spellings += [key.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj") for key in spellings]
+    if "in_proj_qkvz" in parameter:
+        spellings += [parameter.replace("in_proj_qkvz", part) for part in ("in_proj_qkv", "in_proj_z")]
     candidates = [names.get_name(key, try_suffixes=(".weight", ".bias")) for key in spellings]
     stems = [name.removesuffix(".weight") for name in candidates if name]
     # The converter cuts MLA's projection of keys and values in two. That of the keys is transposed: it gets queries.

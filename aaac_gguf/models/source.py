@@ -20,6 +20,8 @@ from .files import main_dtype, stored_tensors
 HUB = "hf://"
 # The converter's names of dtypes. It guesses from the first matrix, which may be one of a few of another dtype.
 _OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+# Kinds of quantized checkpoints that the converter decodes: a level times a scale, which 16 bits would round.
+_PRODUCTS = ("compressed-tensors", "gptq")
 # Configuration, tokenizer, weights, and the model card, from which llama.cpp's converter takes the licence.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md"]
 _NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights in other formats
@@ -114,12 +116,21 @@ def full_precision(source: Path, scratch: Path, header_only: bool = False) -> It
         check_tensors(source, config)
     tensors = stored_tensors(source)
     outtype = _OUTTYPES.get(main_dtype(tensors), "auto")
+    method = checkpoint.quantization(source).get("quant_method")
+    if method in _PRODUCTS:
+        outtype = "f32"
     scratch.mkdir(exist_ok=True)
     if not header_only:
         check_room(scratch, sum(tensor.n_bytes for tensor in tensors.values()))
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
         out = Path(folder) / "source.gguf"
-        tools.convert_hf(source, out, outtype, header_only, model_name(source))
+        try:
+            tools.convert_hf(source, out, outtype, header_only, model_name(source))
+        except AaacError as e:
+            if not method or "refuses this model" not in str(e):
+                raise
+            what = f"the checkpoint is quantized ({method}); give one that is not, or one with decoded weights"
+            raise AaacError(f"{e}; {what}") from None
         file = read(out)
         check_blocks(source, file)
         yield file

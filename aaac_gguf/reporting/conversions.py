@@ -46,6 +46,9 @@ def convert_text(report: Report) -> str:
             worst = max(report.tensors, key=lambda t: getattr(t, error))
             name = error.replace("_", " ")
             lines.append(f"{name}: mean {mean:.5f}, worst {getattr(worst, error):.5f} in {worst.plan.name}")
+    for ggml_type in dict.fromkeys(report.exact.values()):
+        names = in_short(name for name, t in report.exact.items() if t == ggml_type)
+        lines.append(f"4-bit by nature, stored without loss as {ggml_type.name}: {names}")
     if report.coverage and report.coverage.missed:
         share = f"calibration reached {100 * report.coverage.share:.2f} % of the weights"
         lines.append(f"{share}; not reached: {', '.join(report.coverage.missed)}")
