@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import AaacError
 from ..files.gguf import GgufFile, block_number, read_model
-from ..models.checkpoint import one_line
+from ..models.checkpoint import one_line, tokenizer_of
 from .linear import Linear
 
 
@@ -59,26 +59,11 @@ def load_model(
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """Return the tokenizer of a GGUF as transformers makes it. Raises AaacError if it cannot."""
-    import transformers
-
     file = read_model(Path(path))
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
-        if file.get("tokenizer.ggml.add_space_prefix") is False:
-            _add_no_space(tokenizer.backend_tokenizer)
+        return tokenizer_of(file.path)
     except Exception as e:
         raise _cannot_load(file, e, "its tokenizer") from None
-    return tokenizer
-
-
-def _add_no_space(tokenizer: Any) -> None:
-    """Stop a sentencepiece tokenizer from putting a space before a text. transformers does not read that setting."""
-    from tokenizers import decoders, pre_tokenizers
-
-    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):
-        tokenizer.pre_tokenizer.prepend_scheme = "never"
-        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence(parts)
 
 
 def replace_linear(model: Any, file: GgufFile) -> dict[str, str]:

@@ -167,12 +167,30 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
 def load_tokenizer(source: Path) -> Any:
     """Load the tokenizer of a folder or of a GGUF file. Raises AaacError for what transformers cannot load."""
     try:
-        return quiet_transformers().AutoTokenizer.from_pretrained(**_location(source))
+        return tokenizer_of(source)
     except Exception as e:
         raise AaacError(
             f"{source}: transformers cannot load the tokenizer ({one_line(e)}); "
             "set `calibration` to 'self', or calibrate with `imatrix`"
         ) from None
+
+
+def tokenizer_of(source: Path) -> Any:
+    """Load the tokenizer of a folder or of a GGUF file, so that it makes the tokens that llama.cpp makes.
+
+    transformers does not read from a GGUF that a sentencepiece tokenizer puts no space before a text. Raises
+    an exception of any kind for what transformers cannot load.
+    """
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer = quiet_transformers().AutoTokenizer.from_pretrained(**_location(source))
+    if source.is_file() and read_model(source).get("tokenizer.ggml.add_space_prefix") is False:
+        backend = tokenizer.backend_tokenizer
+        if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+            backend.pre_tokenizer.prepend_scheme = "never"
+            parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+            backend.decoder = decoders.Sequence(parts)
+    return tokenizer
 
 
 def gguf_names(parameter: str, architecture: str, n_layers: int, present: Collection[str]) -> list[str]:

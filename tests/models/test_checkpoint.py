@@ -9,7 +9,9 @@ import transformers
 from random_checkpoints import COMMON, SIZES, save_random
 
 from aaac_gguf import resources
+from aaac_gguf.calibration.tokens import text_tokens
 from aaac_gguf.errors import AaacError
+from aaac_gguf.llama import evaluate
 from aaac_gguf.models import checkpoint
 
 
@@ -20,6 +22,28 @@ def test_a_gguf_has_plain_weights(demo_gguf):
     expected = dict(of_folder.named_parameters())
     for name, parameter in of_file.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+TEXTS = ("Once upon a time", " two  spaces", "\nA line\r\n", "été 你好 🙂", "", "x")
+
+
+def test_a_gguf_has_the_tokens_of_its_folder(demo_gguf):
+    """The bundled model's tokenizer puts no space before a text, which transformers does not read from a GGUF."""
+    of_file, of_folder = checkpoint.load_tokenizer(demo_gguf), checkpoint.load_tokenizer(resources.MODEL)
+    for text in (*TEXTS, resources.SAMPLE_TEXT.read_text("utf-8")):
+        ids = of_folder(text).input_ids
+        assert of_file(text).input_ids == ids
+        decoded = (t.decode(ids, skip_special_tokens=True) for t in (of_file, of_folder))
+        assert len(set(decoded)) == 1
+    given = [text_tokens(source, resources.SAMPLE_TEXT, 8, 64) for source in (demo_gguf, resources.MODEL)]
+    assert torch.equal(given[0][0], given[1][0])
+
+
+def test_a_gguf_has_the_tokens_of_llama_cpp(demo_full, patched, tmp_path):
+    evaluate.save_logits(demo_full.path, resources.SAMPLE_TEXT, tmp_path / "logits", 64, n_chunks=4)
+    tokens = evaluate.with_bos(evaluate.read_logits(tmp_path / "logits").tokens, demo_full)
+    ours, _ = text_tokens(demo_full.path, resources.SAMPLE_TEXT, 4, 64)
+    assert ours.tolist() == tokens.tolist()
 
 
 @pytest.mark.slow
