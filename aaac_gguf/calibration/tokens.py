@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def text_tokens(source: Path, text: Path, n_sequences: int, sequence_length: int
     The tokens are int64 [n, sequence_length]. If the tokenizer starts a text with BOS, every sequence's first token is
     replaced by BOS, as in llama-imatrix. Raises AaacError for a text that is empty or shorter than one sequence.
 
-    source: the model, for its tokenizer.
+    source: the model, for its tokenizer and chat template. text: plain, or with the suffix .jsonl JSON lines, each with
+    a "text" or with the "messages" of a dialogue.
     """
     try:
         content = text.read_bytes()
@@ -78,8 +81,12 @@ def text_tokens(source: Path, text: Path, n_sequences: int, sequence_length: int
     if not decoded.strip():
         raise AaacError(f"`calibration` {text}: the text is empty; give a longer one, or 'self'")
     tokenizer = load_tokenizer(source)
-    # Only the beginning, since a whole book takes minutes. Tokens are shorter than 32 characters on average.
-    ids = tokenizer(decoded[: 32 * n_sequences * sequence_length], verbose=False)["input_ids"]
+    n_tokens = n_sequences * sequence_length
+    if text.suffix == ".jsonl":
+        ids = _tokens_of_pieces(tokenizer, _pieces(decoded, text), n_tokens, text)
+    else:
+        # Only the beginning, since a whole book takes minutes. Tokens are shorter than 32 characters on average.
+        ids = tokenizer(decoded[: 32 * n_tokens], verbose=False)["input_ids"]
     n = min(n_sequences, len(ids) // sequence_length)
     if n == 0:
         raise AaacError(
@@ -87,9 +94,60 @@ def text_tokens(source: Path, text: Path, n_sequences: int, sequence_length: int
             "give a longer text, or 'self'"
         )
     tokens = torch.tensor(ids[: n * sequence_length]).reshape(n, sequence_length)
-    if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
+    if _starts_with_bos(tokenizer):
         tokens[:, 0] = tokenizer.bos_token_id
     return tokens, hashlib.sha256(content).hexdigest()
+
+
+Dialogue = list[dict[str, str]]  # messages, each with "role" and "content"
+
+
+def _pieces(content: str, path: Path) -> Iterator[str | Dialogue]:
+    """Yield the pieces of a file of JSON lines: each is an object with a "text", or with the "messages" of a dialogue.
+
+    Raises AaacError that names the line of a piece that is neither.
+    """
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            piece = json.loads(line)
+            if "messages" in piece:
+                yield [{"role": str(m["role"]), "content": str(m["content"])} for m in piece["messages"]]
+            else:
+                yield str(piece["text"])
+        except (ValueError, KeyError, TypeError):
+            raise AaacError(
+                f'`calibration` {path}: line {number} is no JSON object with a "text" or with "messages"; '
+                "give such lines, or a plain text with another suffix"
+            ) from None
+
+
+def _tokens_of_pieces(tokenizer: Any, pieces: Iterable[str | Dialogue], n_tokens: int, path: Path) -> list[int]:
+    """Return the first token ids, at least `n_tokens` if there are as many. Dialogues go through the chat template."""
+    ids: list[int] = [tokenizer.bos_token_id] if _starts_with_bos(tokenizer) else []
+    refused = ""
+    for piece in pieces:
+        if len(ids) >= n_tokens:
+            break
+        if isinstance(piece, str):
+            text = piece
+        else:
+            text = "\n\n".join(message["content"] for message in piece)
+            if tokenizer.chat_template:
+                try:
+                    text = tokenizer.apply_chat_template(piece, tokenize=False)
+                except Exception as e:  # a template is a program, and refuses what it does not know
+                    refused = str(e)
+        ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+    if refused:
+        warn(f"`calibration` {path}: the model's chat template refuses dialogues ({refused}); they are taken as text")
+    return ids
+
+
+def _starts_with_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer starts a text with BOS."""
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def self_tokens(model: Any, n_sequences: int, sequence_length: int, seed: int) -> Tensor:

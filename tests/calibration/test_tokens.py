@@ -1,5 +1,6 @@
 """Calibration tokens: a text's, the model's own, and random ones."""
 
+import json
 import re
 import warnings
 
@@ -50,6 +51,64 @@ def test_bad_texts_are_refused(tmp_path, content, words):
     with pytest.raises(AaacError, match=words) as e:
         tokens_module.text_tokens(resources.MODEL, text, 4, 64)
     assert str(e.value).startswith(f"`calibration` {text}: ")
+
+
+DIALOGUE = {"messages": [{"role": "user", "content": "Who is she?"}, {"role": "assistant", "content": "Elizabeth."}]}
+TEMPLATE = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+TEMPLATE += "[{{ m.role }}] {{ m.content }}{% endfor %}"
+
+
+def json_lines(path, *pieces):
+    path.write_text("\n".join(json.dumps(piece) for piece in pieces) + "\n")
+    return path
+
+
+def with_template(folder, template):
+    """The bundled model's tokenizer with a chat template."""
+    tokenizer = checkpoint.load_tokenizer(resources.MODEL)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_dialogues_go_through_the_chat_template(tmp_path):
+    text = json_lines(tmp_path / "mixed.jsonl", {"text": "It is a truth."}, DIALOGUE, {"text": "The end"})
+    tokenizer = checkpoint.load_tokenizer(resources.MODEL)
+    for source, said in (
+        (with_template(tmp_path / "chat", TEMPLATE), "[user] Who is she?[assistant] Elizabeth."),
+        (resources.MODEL, "Who is she?\n\nElizabeth."),
+    ):
+        tokens, _ = tokens_module.text_tokens(source, text, 1, 24)
+        assert tokens[0, 0] == tokenizer.bos_token_id
+        assert (tokens == tokenizer.bos_token_id).sum() == 1
+        assert tokenizer.decode(tokens[0, 1:]).startswith(f"It is a truth.\n\n{said}"[:36])
+
+
+def test_a_dialogue_that_the_template_refuses_is_text(tmp_path):
+    refused = {"messages": [{"role": "system", "content": "Be brief."}, *DIALOGUE["messages"]]}
+    text = json_lines(tmp_path / "mixed.jsonl", *[refused] * 4)
+    with pytest.warns(AaacWarning, match=r"mixed.jsonl: the model's chat template refuses dialogues \(no system\)"):
+        tokens, _ = tokens_module.text_tokens(with_template(tmp_path / "chat", TEMPLATE), text, 1, 24)
+    assert "Be brief.\n\nWho is she?" in checkpoint.load_tokenizer(resources.MODEL).decode(tokens[0])
+
+
+@pytest.mark.parametrize("line", ['{"texts": "a"}', '["text"]', "[1]", "no JSON", '{"messages": ["a"]}', "3"])
+def test_lines_that_are_no_pieces_are_named(tmp_path, line):
+    text = tmp_path / "bad.jsonl"
+    text.write_text('{"text": "a"}\n\n' + line)
+    with pytest.raises(AaacError, match=r"bad.jsonl: line 3 is no JSON object"):
+        tokens_module.text_tokens(resources.MODEL, text, 4, 64)
+
+
+def test_a_text_that_says_bos_makes_no_sequence_start_with_it(tmp_path):
+    """The tokenizer decides, not the text: some chat models' BOS is what starts each of their messages."""
+    tokenizer = checkpoint.load_tokenizer(resources.MODEL)
+    tokenizer.add_bos_token = False
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(tokenizer.bos_token + "It is a truth universally acknowledged. " * 20)
+    tokens, _ = tokens_module.text_tokens(tmp_path / "model", text, 2, 64)
+    assert (tokens == tokenizer.bos_token_id).sum() == 1
 
 
 def test_self_tokens_depend_on_the_seed_alone(model):
