@@ -168,7 +168,9 @@ def _fitting(wanted: T, n_per_row: int, source_type: T) -> T:
     return wanted
 
 
-def check_quantized(source: GgufFile, allowed: bool) -> None:
+def check_quantized(
+    source: GgufFile, allowed: bool, advice: str = "start from the full-precision file, or set `allow_requantize`"
+) -> None:
     """Warn of a source that is quantized to 8 bits. Raise AaacError for fewer bits and AAAC types, unless allowed."""
     quantized: dict[T, str] = {}  # the first tensor of each type
     for name, tensor in source.tensors.items():
@@ -179,7 +181,7 @@ def check_quantized(source: GgufFile, allowed: bool) -> None:
         if not _decodable(ggml_type):
             raise AaacError(f"{what}, which cannot be decoded here; start from the full-precision file")
         if not allowed and _bits_per_weight(ggml_type) < _REQUANTIZED_BITS:
-            raise AaacError(f"{what}; start from the full-precision file, or set `allow_requantize`")
+            raise AaacError(f"{what}; {advice}")
     if quantized:
         names = ", ".join(t.name for t in quantized)
         warn(f"{source.path}: is quantized already ({names}), and its errors stay; start from the full-precision file")

@@ -49,7 +49,7 @@ def check(source: Path) -> dict[str, Any]:
 
 
 def check_gguf(source: Path) -> str:
-    """Return the dtype of most of a GGUF's weights: float32, float16 or bfloat16.
+    """Return the dtype of most of a GGUF's weights that are not quantized: float32, float16 or bfloat16.
 
     Raises AaacError for what transformers cannot run: split files, architectures that it does not read, and models that
     memory does not hold in float32.
@@ -64,7 +64,7 @@ def check_gguf(source: Path) -> str:
         kind: sum(int(t.n_elements) for t in file.tensors.values() if t.tensor_type.name == kind)
         for kind in ("F32", "F16", "BF16")
     }
-    needed = 4 * sum(sizes.values())
+    needed = 4 * sum(int(t.n_elements) for t in file.tensors.values())  # those of other types are decoded
     if needed > _memory():
         raise AaacError(
             f"{source}: to run it takes {needed / 2**30:.0f} GiB of memory; "

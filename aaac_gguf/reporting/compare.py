@@ -16,6 +16,7 @@ from ..calibration import tokens as tokens_module
 from ..conversion.calibrate import calibrate
 from ..conversion.convert import convert
 from ..conversion.job import prepare
+from ..conversion.plan import check_quantized
 from ..conversion.settings import Settings
 from ..errors import AaacError
 from ..files import format as fmt
@@ -83,6 +84,8 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
         temporary_folder(".aaac-compare-", folder) as scratch,
         full_precision(source, scratch) as full,
     ):
+        if source.is_file():
+            check_quantized(full, allowed=False, advice="compare types with the full-precision file")
         if not checkpoint.is_causal(full):
             raise AaacError(
                 f"{source}: {full.architecture} has an encoder and is no model of the next token, by which types are "
