@@ -99,11 +99,12 @@ class FullModel:
             if i < len(self.blocks) - 1:
                 out.backward(self.gradients[batch].to(out.device))
             else:
-                logits = out.float()
+                probabilities = out.detach().float().softmax(-1)
                 # One uniform number per token, drawn on the CPU: the same on every device.
-                uniform = self.uniform[batch].to(logits.device)
-                drawn = (logits.detach().softmax(-1).cumsum(-1) < uniform).sum(-1).clamp_max(logits.shape[-1] - 1)
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
+                uniform = self.uniform[batch].to(out.device)
+                drawn = torch.searchsorted(probabilities.cumsum(-1), uniform).clamp_max(out.shape[-1] - 1)
+                # The gradient of the negative log-likelihood is the probabilities, less 1 for the token drawn.
+                out.backward(probabilities.scatter_add_(-1, drawn, -torch.ones_like(uniform)).to(out.dtype))
         assert hidden.grad is not None
         return hidden.grad
 
