@@ -18,6 +18,11 @@ from .files import StoredTensor, few, ignored_files, stored_tensors
 # What a quantized matrix is named in the file, and the name that the model has for it.
 _PACKED = ((".qweight", ".weight"), (".weight_packed", ".weight"), ("_blocks", ""))
 
+# Heads of encoders, which llama.cpp's converter leaves out: it makes embedding models of them.
+_HEADS = re.compile(
+    r"(^|\.)pooler\.dense\.|^cls\.(predictions|seq_relationship)\.|^vocab_(transform|layer_norm|projector)\."
+)
+
 _EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)(?P<part>\..*)")
 # The number of a decoder block, or of an encoder's.
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -35,7 +40,8 @@ def check_tensors(source: Path, config: Mapping[str, Any]) -> None:
     tensors = stored_tensors(source)
     found = _loading_info(source, tensors, quantized)
     unused = sorted(found["unexpected_keys"]) if found and not quantized else []
-    if missing := _missing_experts(tensors) or sorted(found["missing_keys"] if found else ()):
+    needed = (name for name in (found["missing_keys"] if found else ()) if not _HEADS.search(name))
+    if missing := _missing_experts(tensors) or sorted(needed):
         there = f" (and there are others, which it does not: {few(unused)})" if unused else ""
         raise AaacError(
             f"{source}: {len(missing)} tensors that the model needs are missing: {few(missing)}{there}; "

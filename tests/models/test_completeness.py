@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -47,6 +48,31 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_checkpoints_pass(tmp_path, name):
     check(save_random(NAMES[name](), tmp_path / "model"))
+
+
+BERT = {"vocab_size": 13, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.filterwarnings("error::aaac_gguf.errors.AaacWarning")
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [("Model", "Model"), ("ForMaskedLM", "ForMaskedLM"), ("ForMaskedLM", "Model"), ("Model", "ForMaskedLM")],
+)
+def test_the_heads_of_an_encoder_may_be_missing(tmp_path, kind, named):
+    """Embedding models come without the head of a masked language model, and some without a pooler."""
+    folder = tmp_path / "model"
+    getattr(transformers, f"Bert{kind}")(transformers.BertConfig(**BERT)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": [f"Bert{named}"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        if kind != named:  # the other's head is not used, with a warning
+            warnings.simplefilter("ignore", AaacWarning)
+        check(folder)
+    change(folder, lambda w: [w.pop(name) for name in list(w) if "encoder.layer.1.output.dense.weight" in name])
+    with pytest.raises(
+        AaacError, match=r"1 tensors that .* missing: (bert\.)?encoder\.layer\.1\.output\.dense\.weight"
+    ):
+        check(folder)
 
 
 def test_missing_tensors_are_named_before_anything_runs(folder, tmp_path, refused):
