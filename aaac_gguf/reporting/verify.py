@@ -14,7 +14,7 @@ from ..calibration.activations import importance
 from ..conversion.dequantize import dequantize_file
 from ..errors import AaacError, warn
 from ..files import format as fmt
-from ..files.gguf import GgufFile, read
+from ..files.gguf import GgufFile, block_number, read
 from ..files.imatrix import Imatrix, read_imatrix
 from ..files.scratch import temporary_folder
 from ..inference import kernels
@@ -209,10 +209,14 @@ def inject(model: Any, full: GgufFile, file: GgufFile) -> list[str]:
     llama.cpp's converter permutes, stacks, cuts and transposes matrices, but leaves their rows whole. So each row of
     the full-precision GGUF is looked up by content among the rows of all parameters, and every equal row is replaced.
     Unlike `models.rows.RowMap`, this needs no parameter's name, and one tensor may be made of several parameters.
+    Decoder blocks at the end that predict further tokens are left out: neither program runs them here.
     Returns the tensors with a row that is in no parameter.
     """
+    n_blocks = int(full.setting("block_count", 0)) - int(full.setting("nextn_predict_layers", 0))
     changed = [
-        name for name, t in file.tensors.items() if len(t.shape) > 1 and t.tensor_type != full.tensors[name].tensor_type
+        name
+        for name, t in file.tensors.items()
+        if len(t.shape) > 1 and t.tensor_type != full.tensors[name].tensor_type and block_number(name, -1) < n_blocks
     ]
     # MLA's heads are transposed, each for itself.
     kinds = {full.tensors[name].tensor_type for name in changed}
