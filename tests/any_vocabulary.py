@@ -3,8 +3,8 @@
     python any_vocabulary.py PATH/convert_hf_to_gguf.py
 
 So tiny models of all families can have the bundled model's tokenizer. Each line of standard input is one conversion: a
-JSON list of the word "header" or "whole", a file for what is printed, and the converter's arguments. Its exit status is
-printed. Imports take most of a conversion's time, so they are done once, and each conversion is a fork.
+JSON list of a file for what is printed, and the converter's arguments. Its exit status is printed. Imports take most of
+a conversion's time, so they are done once, and each conversion is a fork.
 """
 
 import json
@@ -14,13 +14,11 @@ import sys
 from pathlib import Path
 
 
-def convert(program: str, kind: str, log: str, arguments: list[str]) -> None:
+def convert(program: str, log: str, *arguments: str) -> None:
     """Convert one model, and end this process."""
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    if kind == "header":
-        gguf.GGUFWriter.write_tensors_to_file = write_hole
     sys.argv = [program, *arguments]
     runpy.run_path(program, run_name="__main__")
 
@@ -33,12 +31,10 @@ if __name__ == "__main__":
     import conversion.base
     import conversion.glm
     import conversion.hunyuan
-    import gguf
     import torch
     import transformers
 
     from aaac_gguf import resources
-    from aaac_gguf.llama._hf_header import write_hole
 
     # Both import what they need on first use.
     transformers.AutoTokenizer.from_pretrained(resources.MODEL)

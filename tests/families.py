@@ -156,7 +156,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     ),
     "GLM-4.5": lambda: tf.Glm4MoeConfig(**COMMON, **SIZES, **EXPERTS, **ONE_GROUP, use_qk_norm=True),
     "Qwen3-Next": lambda: tf.Qwen3NextConfig(
-        **COMMON | {"num_hidden_layers": 4},
+        **COMMON,
         **SIZES,
         **EXPERTS,
         num_experts=4,
@@ -165,6 +165,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         linear_value_head_dim=32,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
+        layer_types=["linear_attention", "full_attention"],
     ),
     "HunYuan-MoE": lambda: tf.HunYuanMoEV1Config(
         **COMMON,
@@ -175,13 +176,14 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         num_shared_expert=[1, 1],
     ),
     "EXAONE-MoE": lambda: tf.ExaoneMoeConfig(
-        **COMMON | {"num_hidden_layers": 4},
+        **COMMON,
         **SIZES,
         **EXPERTS,
         num_experts=4,
         num_shared_experts=1,
         first_k_dense_replace=1,
         sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
         **SIGMOID,
     ),
     "DBRX": lambda: tf.DbrxConfig(
@@ -295,7 +297,7 @@ PREDICTION_LAYERS = {
         ("eh_proj", "enorm", "hnorm", "shared_head.norm"),
     ),
     "qwen3_next": (
-        "model.layers.3.",
+        "model.layers.1.",
         "mtp.layers.0.",
         "mtp.",
         ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"),
@@ -348,11 +350,13 @@ def _converter() -> subprocess.Popen[str]:
 
 
 def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False, name: str | None = None) -> None:
-    """Do what `llama.tools.convert_hf` does, for any tokenizer, and without a name."""
-    log, arguments = out.with_suffix(".log"), [source, "--outfile", out, "--outtype", outtype]
-    line = ["header" if header_only else "whole", str(log), list(map(str, arguments))]
-    worker = _converter()
-    assert worker.stdin
-    assert worker.stdout
-    print(json.dumps(line), file=worker.stdin, flush=True)
-    assert worker.stdout.readline() == "0\n", log.read_text()[-2000:]
+    """Do what `llama.tools.convert_hf` does, for any tokenizer, without a name, once for each source."""
+    kept = source.with_name(f"{source.name}-{outtype}.gguf")
+    if not kept.exists():
+        worker, log = _converter(), kept.with_suffix(".log")
+        assert worker.stdin
+        assert worker.stdout
+        line = [str(log), str(source), "--outfile", str(kept), "--outtype", outtype]
+        print(json.dumps(line), file=worker.stdin, flush=True)
+        assert worker.stdout.readline() == "0\n", log.read_text()[-2000:]
+    shutil.copy(kept, out)

@@ -16,7 +16,7 @@ from ..calibration import tokens as tokens_module
 from ..conversion.calibrate import calibrate
 from ..conversion.convert import convert
 from ..conversion.job import prepare
-from ..conversion.plan import check_quantized
+from ..conversion.plan import check_quantized, make_plan
 from ..conversion.settings import Settings
 from ..errors import AaacError
 from ..files import format as fmt
@@ -108,7 +108,7 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
             elif type_name in STOCK:
                 imatrix = imatrix or measure_imatrix(source, full, options.settings, folder / f"{stem}-imatrix.gguf")
                 start = time.monotonic()
-                stock_quantize(full.path, path, type_name, imatrix[0], options.settings.embedding_type)
+                stock_quantize(full.path, path, type_name, imatrix[0], fitting_embedding_type(full, options.settings))
                 seconds = time.monotonic() - start + imatrix[1]
             row = describe(type_name, path, full, seconds)
             for text, base in bases.items():
@@ -196,6 +196,14 @@ def measure_imatrix(source: Path, full: GgufFile, settings: Settings, out: Path)
         return None, 0.0
     write_imatrix(out, imatrix)
     return out, time.monotonic() - start
+
+
+def fitting_embedding_type(full: GgufFile, settings: Settings) -> str:
+    """Return the type that the embeddings have in our files.
+
+    It is not that of the settings if their rows are not whole blocks of it, of which llama-quantize would die.
+    """
+    return next(p.type.name for p in make_plan(full, settings, "none") if p.name == "token_embd.weight")
 
 
 def stock_quantize(full: Path, out: Path, recipe: str, imatrix: Path | None, embedding_type: str) -> None:

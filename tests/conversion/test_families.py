@@ -17,7 +17,7 @@ SETTINGS = Settings(calibration=str(resources.SAMPLE_TEXT), sequences=4, sequenc
 # The matrices that no product of the model shows, by the start of their names.
 NOT_REACHED = {
     "GLM-4.5": "blk.2.",  # predicts a second token
-    "Qwen3-Next": "blk.4.",  # likewise
+    "Qwen3-Next": "blk.2.",  # likewise
 }
 # Those that are rounded without moments, though they count as reached.
 LOOKED_UP = {"Gemma 3n": {"per_layer_token_embd.weight"}}
@@ -69,8 +69,10 @@ def test_dense_models(name, patched, tmp_path):
 def test_comparison_of_a_vision_language_model(patched, tmp_path):
     """Of the text model inside: it writes the text, is calibrated, and llama-quantize has its importance matrix."""
     source = families.save(families.WRAPPERS["Qwen3-VL"](), tmp_path / "model")
-    settings = Settings(calibration="self", sequences=4, sequence_length=128)
-    result = compare(source, tmp_path / "out", Options(("AAAC4_G16", "IQ4_NL"), settings=settings, n_ctx=128))
+    settings = Settings(calibration="self", sequences=4, sequence_length=64)
+    result = compare(
+        source, tmp_path / "out", Options(("AAAC4_G16", "IQ4_NL"), settings=settings, n_ctx=128, n_chunks=4)
+    )
     ours, theirs = result.rows
     assert ours.scores["self-generated.txt"].mean_kld < theirs.scores["self-generated.txt"].mean_kld < 0.1
     assert set(ours.codebooks) == {name for name in ours.tensor_errors if name.startswith("blk.")}

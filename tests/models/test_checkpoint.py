@@ -93,5 +93,9 @@ def test_names_come_from_the_gguf_map():
     assert checkpoint.gguf_names("transformer.h.3.attn.c_attn.weight", "gpt2", 4, present) == ["blk.3.attn_qkv.weight"]
     experts = checkpoint.gguf_names("model.layers.3.mlp.experts.gate_up_proj", "qwen3moe", 4, present)
     assert experts == ["blk.3.ffn_gate_exps.weight", "blk.3.ffn_up_exps.weight"]
+    inside = "model.text_model.layers.3.mlp.down_proj.weight"  # of a SmolVLM
+    assert checkpoint.gguf_names(inside, "llama", 4, ["blk.3.ffn_down.weight"]) == ["blk.3.ffn_down.weight"]
+    linear, cut = "model.layers.3.linear_attn.in_proj_qkvz.weight", ["blk.3.attn_qkv.weight", "blk.3.attn_gate.weight"]
+    assert checkpoint.gguf_names(linear, "qwen3next", 4, cut) == cut
     assert checkpoint.gguf_names("vision.tower.weight", "llama", 4, present) == []
     assert checkpoint.gguf_names("x", "no such architecture", 4, present) == []
