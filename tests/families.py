@@ -56,6 +56,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "Qwen2-MoE": lambda: tf.Qwen2MoeConfig(
         **COMMON, **WITHOUT_HEAD_DIM, **EXPERTS, num_experts=4, shared_expert_intermediate_size=64
     ),
+    # llama.cpp makes the weights of experts sum to 1, as all models of this family have it.
     "Qwen3-MoE": lambda: tf.Qwen3MoeConfig(**COMMON, **SIZES, **EXPERTS, num_experts=4, norm_topk_prob=True),
     "OLMoE": lambda: tf.OlmoeConfig(
         **COMMON,
@@ -63,6 +64,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         num_experts=4,
         num_experts_per_tok=2,
     ),
+    # Only with 26 or 27 layers does llama.cpp know a q_proj (DeepSeek-V2-Lite).
     "DeepSeek-V2": lambda: tf.DeepseekV2Config(
         **COMMON, **WITHOUT_HEAD_DIM | MLA, **EXPERTS, **ONE_GROUP, q_lora_rank=64, topk_method="greedy"
     ),
@@ -105,6 +107,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "gpt-oss": lambda: tf.GptOssConfig(
         **COMMON, **SIZES | {"intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2, sliding_window=64
     ),
+    # llama.cpp has as many heads of keys and values as of queries.
     "dots1": lambda: tf.Dots1Config(**COMMON, **SIZES | {"num_key_value_heads": 4}, **EXPERTS, **ONE_GROUP, **SIGMOID),
     "Jamba": lambda: tf.JambaConfig(
         **COMMON,
@@ -142,8 +145,8 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         num_shared_experts=1,
         num_dense_layers=1,
         sliding_window=64,
-        route_norm=True,
-        mup_enabled=True,
+        route_norm=True,  # the converter wants it, and transformers itself does not save it
+        mup_enabled=True,  # llama.cpp scales embeddings in any case
     ),
     "Phi-3.5-MoE": lambda: tf.PhimoeConfig(
         **COMMON,
@@ -264,6 +267,7 @@ DENSE: dict[str, Callable[[], Any]] = {
     "Falcon-H1": lambda: tf.FalconH1Config(
         **COMMON, **SIZES, mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1
     ),
+    # llama.cpp leaves the window out, so it is that of Phi-3-mini, wider than these texts.
     "Phi-3": lambda: tf.Phi3Config(**COMMON, **WITHOUT_HEAD_DIM, pad_token_id=0, sliding_window=2047),
     "GLM-4": lambda: tf.Glm4Config(**COMMON, **SIZES, pad_token_id=0),
     "Falcon": lambda: tf.FalconConfig(
