@@ -42,7 +42,6 @@ def mix(job: Job, file: GgufFile, calibration: Calibration) -> Job:
     Raises AaacError if even the smallest types are too large.
     """
     measured, settings = calibration.measured, job.settings
-    assert measured
     free = [p for p in job.plans if p.type in fmt.TYPES_BY_ID and not p.reason]
     n_weights = sum(p.n_weights for p in job.plans)
     fixed_bytes = sum(p.n_bytes for p in job.plans) - sum(p.n_bytes for p in free)
@@ -52,7 +51,10 @@ def mix(job: Job, file: GgufFile, calibration: Calibration) -> Job:
         assert settings.size is not None
         # Each tensor may need some bytes up to its alignment. The header gets smaller if a tensor becomes a stock type.
         budget = settings.size - job.layout(file.path).n_bytes + sum(p.n_bytes for p in free)
-    options = measure(free, lambda name: load_weight(file, name, settings.device), measured.moments, settings.seed)
+    options = {}
+    if free:
+        assert measured
+        options = measure(free, lambda name: load_weight(file, name, settings.device), measured.moments, settings.seed)
     chosen = choose(options, budget)
     setting = "bpw" if settings.bpw is not None else "size"
     if chosen is None:
@@ -125,7 +127,7 @@ def choose(options: Mapping[str, Sequence[TypeOption]], budget: int) -> dict[str
         chosen[name], left = hull[i], left - extra
         if i + 1 < len(hull):
             heapq.heappush(steps, (_slope(hull[i], hull[i + 1]), name, i + 1))
-    while True:
+    while chosen:
         fitting = [
             (option.loss - chosen[name].loss, name, option)
             for name, of_tensor in options.items()
@@ -134,9 +136,10 @@ def choose(options: Mapping[str, Sequence[TypeOption]], budget: int) -> dict[str
         ]
         saved, name, option = min(fitting, key=lambda item: item[:2])
         if saved >= 0:
-            return chosen
+            break
         left -= option.n_bytes - chosen[name].n_bytes
         chosen[name] = option
+    return chosen
 
 
 def _slope(a: TypeOption, b: TypeOption) -> float:

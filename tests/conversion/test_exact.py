@@ -77,6 +77,18 @@ def test_types_that_are_asked_for_stay(natural, tmp_path):
     assert read(out).tensors[INT4].tensor_type.name == "AAAC4_G32"
 
 
+def test_a_budget_counts_what_is_stored_without_loss(natural, tmp_path, monkeypatch):
+    """Here that is all but the embeddings, so no model runs."""
+    full, out = read(natural), tmp_path / "out.gguf"
+    small = write_source(tmp_path / "small.gguf", {n: full[n] for n in (INT4, UP, EXPERTS)}, bfloat16=True)
+    monkeypatch.setattr(checkpoint, "check_gguf", lambda source: "bfloat16")
+    monkeypatch.setattr(checkpoint, "load_model", None)
+    report = aaac.quantize(small, out, calibration="self", bpw=4.5)
+    assert report.exact == {INT4: T.Q4_0, UP: T["AAAC4_G128"], EXPERTS: T.MXFP4}
+    with pytest.raises(AaacError, match=r"`bpw`: too little, the smallest possible is 4\.\d+ bits"):
+        aaac.quantize(small, out, calibration="self", bpw=4.2)
+
+
 def quantized(weight, group_size, zeros):
     """Numbers of 4 bits int64 [N, K], and scales bfloat16 and zero points [N, K / group_size]."""
     groups = weight.float().reshape(len(weight), -1, group_size)
