@@ -99,7 +99,7 @@ class Calibration(BlockMoments):
     def restart(self) -> None:
         for name, p in self.blocks.model.named_parameters():
             p.data.copy_(self.originals[name])
-        self.hidden.copy_(self.full.hidden[0])
+        self.hidden = self.full.hidden[0, :]
         self.position, self.drifting = 0, False
 
     def replace(self, name: str, weight: Tensor) -> None:

@@ -174,7 +174,7 @@ class Products(TorchFunctionMode):
 class Activations:
     """The inputs of every block of a model for every calibration sequence.
 
-    hidden  [blocks, n, T, d] in the model's dtype, filled by `run`
+    hidden  [blocks, n, T, d] in the model's dtype, indexed by block and batch, filled by `run`
     """
 
     def __init__(self, blocks: Blocks, sequences: torch.Tensor, n_text: int, folder: Path | None = None):
@@ -186,8 +186,8 @@ class Activations:
         with torch.no_grad():
             first = blocks.embed(sequences[:1])
         shape = (*sequences.shape, first.shape[-1])
-        self.hidden = (
-            on_disk(folder / "activations", (len(blocks), *shape), first.dtype)
+        self.hidden: OnDisk | torch.Tensor = (
+            OnDisk(folder / "activations", (len(blocks), *shape), first.dtype)
             if folder
             else torch.empty(1, *shape, dtype=first.dtype)
         )
@@ -231,15 +231,32 @@ class Activations:
         return out
 
 
-def on_disk(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor in a new file, which the system keeps in memory as far as there is room.
+class OnDisk:
+    """A tensor [blocks, n, ...] in a new file, read and written by block and batch: `tensor[i, start:stop]`."""
 
-    Raises OSError if the disk has no room.
-    """
-    with open(path, "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)
-    # torch.from_file opens only paths that are UTF-8.
-    return torch.from_numpy(np.memmap(path, np.uint8, "r+")).view(dtype).view(*shape)
+    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype):
+        """Raise OSError if the disk has no room."""
+        self.shape, self.dtype = tuple(shape), dtype
+        self._file = open(path, "w+b")  # noqa: SIM115  until nobody needs the tensor
+        os.posix_fallocate(self._file.fileno(), 0, math.prod(shape) * dtype.itemsize)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: tuple[int, slice]) -> torch.Tensor:
+        values = torch.empty(self._seek(*key), *self.shape[2:], dtype=self.dtype)
+        self._file.readinto(values.view(torch.uint8).numpy().data)
+        return values
+
+    def __setitem__(self, key: tuple[int, slice], values: torch.Tensor) -> None:
+        self._seek(*key)
+        self._file.write(values.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
+
+    def _seek(self, i: int, batch: slice) -> int:
+        """Go to where a batch of a block begins. Return the number of its sequences."""
+        start, stop, _ = batch.indices(self.shape[1])
+        self._file.seek((i * self.shape[1] + start) * math.prod(self.shape[2:]) * self.dtype.itemsize)
+        return stop - start
 
 
 class Squares:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import AaacError
 from ..progress import progress
-from .activations import Activations, on_disk
+from .activations import Activations
 from .recorder import InputRecorder, LayerInputs
 
 
@@ -55,7 +55,7 @@ class FullModel:
         self.batches = activations.batches(len(activations.sequences))
         self.weights = [float(weights[batch.start]) for batch in self.batches]
         self.uniform = torch.rand(*activations.sequences.shape, 1, generator=torch.Generator().manual_seed(seed))
-        self.gradients = on_disk(folder / "gradients", self.hidden.shape[1:], self.hidden.dtype)
+        self.gradients = torch.empty(self.hidden.shape[1:], dtype=self.hidden.dtype)
         last = len(self.blocks) - 1
         for i in progress(range(last, -1, -1), desc="measuring sensitivities", unit="block"):
             self.blocks.load(i)
@@ -92,7 +92,7 @@ class FullModel:
 
     def _backward(self, i: int, batch: slice, recorder: InputRecorder) -> Tensor:
         """Run block i forward, and backward from `gradients`. Return the gradient at its inputs, [n, T, d]."""
-        hidden = self.hidden[i, batch].to(self.blocks.model.device, copy=True).requires_grad_(True)
+        hidden = self.hidden[i, batch].to(self.blocks.model.device).requires_grad_(True)
         with torch.enable_grad():
             with recorder:
                 out = self.activations.run_block(i, batch, hidden)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import AaacError
 from ..files.gguf import GgufFile
 from ..quantizer.moments import Moments
-from .activations import Activations, on_disk
+from .activations import Activations
 from .full_model import BlockRecord, FullModel
 from .places import TensorPlaces
 from .recorder import InputRecorder, InputSums, LayerInputs
@@ -44,14 +44,13 @@ class BlockMoments:
         """Measure gradients and prepare the walk. The activations have been run; `tensors` will be quantized.
 
         weights: how much each sequence counts, float32 [n], equal for all text and for all others.
-        folder: for files as large as the activations.
+        folder: for the sums of gradients.
         """
         self.activations, self.blocks = activations, activations.blocks
         self.places = TensorPlaces(self.blocks, file, tensors)
         wanted = [{self.places[name].parameter for name in self.tensors(i)} for i in range(len(self.blocks))]
         self.full = FullModel(activations, wanted, weights, folder, seed)
-        self.hidden = on_disk(folder / "quantized", self.full.hidden[0].shape, self.full.hidden.dtype)
-        self.hidden.copy_(self.full.hidden[0])
+        self.hidden = activations.hidden[0, :]
         self.position = 0
         self.drifting = False
         self._recorded: tuple[int, BlockRecord] | None = None

@@ -5,6 +5,7 @@ import torch
 
 from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
+from aaac_gguf.calibration.activations import OnDisk
 from aaac_gguf.models import checkpoint
 
 
@@ -64,3 +65,16 @@ def test_importance_is_the_sum_of_squared_inputs(model):
     assert entry.counts.tolist() == [48]
     torch.testing.assert_close(torch.from_numpy(entry.sums[0]), inputs[-1].square().sum((0, 1)))
     assert (imatrix.n_chunks, imatrix.chunk_size) == (3, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_on_disk_is_read_as_it_was_written(tmp_path, dtype):
+    values = torch.randn(3, 5, 2, 4).to(dtype)
+    tensor = OnDisk(tmp_path / "tensor", values.shape, dtype)
+    for i in (1, 2, 0):
+        for batch in (slice(2, 4), slice(4, 9), slice(0, 2)):
+            tensor[i, batch] = values[i, batch]
+    assert (len(tensor), tensor.shape, tensor.dtype) == (3, (3, 5, 2, 4), dtype)
+    assert torch.equal(tensor[1, :], values[1])
+    assert torch.equal(tensor[2, 3:], values[2, 3:])
+    assert (tmp_path / "tensor").stat().st_size == values.nbytes
