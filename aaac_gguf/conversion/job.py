@@ -111,7 +111,7 @@ class Job:
         n_tokens = int(self.calibration.n_tokens * (1 + RANDOM_SHARE))
         rows = [p.shape[-2] for p in self.plans if p.name in self.searched and len(p.shape) == 2]
         outputs = sum(n * (n + 1) // 2 for n in rows if n <= MAX_OUTPUTS)
-        return weights + 4 * ((n_blocks + 3) * n_tokens * width + outputs)
+        return weights + 4 * ((n_blocks + 1) * n_tokens * width + outputs)
 
 
 def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
