@@ -63,8 +63,7 @@ def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
         return done(given.imatrix or Imatrix({}))
     folder.mkdir(exist_ok=True)
     model = checkpoint.load_model(job.source, settings.device, exact=False, folder=folder)
-    if job.source.is_file():
-        check_agreement(model, file)
+    check_agreement(model, file, job.source)
     tokens = given.tokens
     if tokens is None:
         with finite_logits(model):

@@ -1,17 +1,19 @@
-"""Make sure that transformers' model of a GGUF is the model that llama.cpp runs.
+"""Make sure that transformers and llama.cpp run the same model.
 
 transformers reads a few settings of a GGUF and drops all others without a word, so it may run another model. What it
-drops is set where that is simple, or refused. If llama.cpp is built, the logits of both are compared as well.
+drops is set where that is simple, or refused. llama.cpp's converter, too, may not know a setting of a folder's config.
+If llama.cpp is built, the logits of both are compared.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import AaacError
+from ..errors import AaacError, warn
 from ..files.gguf import GgufFile
 from ..files.scratch import temporary_folder
 from ..llama import build, evaluate
@@ -90,10 +92,11 @@ def scale_positions(model: Any, file: GgufFile) -> None:
                 frequencies /= factors.to(frequencies)
 
 
-def check_agreement(model: Any, file: GgufFile) -> None:
+def check_agreement(model: Any, file: GgufFile, source: Path) -> None:
     """Compare a model's logits with llama.cpp's on the first tokens of a sample text, if llama.cpp is built.
 
-    Raises AaacError if they are of another model.
+    file: what llama.cpp runs; source: what the model was loaded from, that file or the folder that it was made of. If
+    they are two models, raises AaacError for a file, and warns for a folder.
     """
     if not (build.is_built("cuda") or build.is_built("cpu")):
         return
@@ -105,8 +108,14 @@ def check_agreement(model: Any, file: GgufFile) -> None:
             found = model(input_ids=tokens[:1].to(model.device), use_cache=False).logits[0, logits.first : -1]
         base = found[:, : logits.n_vocab].float().log_softmax(-1).cpu().numpy()
         kld = float(evaluate.kl_divergence(base, logits.log_probabilities(0))[0].mean())
-    if not kld <= _MAX_KLD:
+    if kld <= _MAX_KLD:
+        return
+    if source.is_file():
         raise AaacError(
             f"{file.path}: transformers runs another model than llama.cpp, {kld:.2g} nats away on a sample text, since "
             "it does not read all settings of a GGUF; calibrate with `imatrix`, or give the Hugging Face folder"
         )
+    warn(
+        f"{source}: llama.cpp runs another model than transformers, {kld:.2g} nats away on a sample text before "
+        "anything is quantized; its converter may lack a setting of config.json, and the output is as far away"
+    )

@@ -6,7 +6,7 @@ import pytest
 from gguf import GGUFValueType as V
 
 from aaac_gguf import resources
-from aaac_gguf.errors import AaacError
+from aaac_gguf.errors import AaacError, AaacWarning
 from aaac_gguf.files.gguf import TensorInfo, Value, field_values, read_model
 from aaac_gguf.files.output import write
 from aaac_gguf.models import agreement, checkpoint
@@ -40,14 +40,16 @@ def with_settings(demo_full, path, settings, factors=False):
 def test_scaled_positions_are_those_of_llama_cpp(patched, demo_full, tmp_path, monkeypatch, name):
     path = with_settings(demo_full, tmp_path / "x.gguf", SCALINGS[name], factors=name == "factors in a tensor")
     monkeypatch.setattr(agreement, "_MAX_KLD", 0.002)
-    agreement.check_agreement(checkpoint.load_model(path, exact=False), read_model(path))
+    agreement.check_agreement(checkpoint.load_model(path, exact=False), read_model(path), path)
 
 
 @pytest.mark.parametrize("name", [name for name in SCALINGS if name != "none"])
 def test_another_model_is_found_by_its_logits(patched, demo_full, demo_gguf, tmp_path, name):
     path = with_settings(demo_full, tmp_path / "x.gguf", SCALINGS[name], factors=name == "factors in a tensor")
     with pytest.raises(AaacError, match=r"transformers runs another model than llama.cpp, 0\.\d+ nats away"):
-        agreement.check_agreement(checkpoint.load_model(demo_gguf), read_model(path))
+        agreement.check_agreement(checkpoint.load_model(demo_gguf), read_model(path), path)
+    with pytest.warns(AaacWarning, match=r"demo: llama.cpp runs another model than transformers, .* nats away"):
+        agreement.check_agreement(checkpoint.load_model(resources.MODEL), read_model(path), resources.MODEL)
 
 
 @pytest.mark.parametrize(
