@@ -51,9 +51,10 @@ def quantize(
     """Quantize a model to a GGUF file, as `aaac-gguf convert` does.
 
     source: a Hugging Face model folder, a full-precision GGUF file, or a model on the Hugging Face Hub ("owner/name").
-    calibration: a text file, "self" for tokens that the model samples from itself, or "none". The default is "self" for
-    a folder and "none" for a GGUF. imatrix: an importance file of llama.cpp instead. `tensor_types` maps regular
-    expressions to types. The other settings: see `conversion.settings.Settings`.
+    calibration: a text file, "bundled" for the text that comes with the package, "self" for tokens that the model
+    samples from itself, or "none". The default is "bundled" for a folder and "none" for a GGUF.
+    imatrix: an importance file of llama.cpp instead.
+    tensor_types: maps regular expressions to types. The other settings: see `conversion.settings.Settings`.
 
     Returns what was made: files, errors by tensor, what calibration did not reach. Raises AaacError, a ValueError, for
     bad input.

@@ -121,8 +121,9 @@ def _add_convert(verbs: Any) -> None:
     flag("--bpw", type=_bits, metavar="BITS", help="mixed precision: the types from AAAC4_G128 to Q8_0 that, measured "
          "matrix by matrix, keep the file within so many bits per weight")  # fmt: skip
     flag("--size", type=_size, metavar="SIZE", help="the same by bytes of the output: 900M, 4.2GiB")
-    flag("--calib", metavar="TEXT", help="calibrate on a text file, on tokens sampled from the model (self), or not at "
-         "all (none); default: self for a folder, none for a GGUF")  # fmt: skip
+    flag("--calib", metavar="TEXT", help="calibrate on a text file (.jsonl: a 'text' or 'messages' a line), "
+         "on the program's own mixed text (bundled), on tokens sampled from the model (self), or not at all "
+         "(none); default: bundled for a folder, none for a GGUF")  # fmt: skip
     flag("--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file (GGUF or .dat)")
     flag(
         "--calib-sequences", type=_positive, default=64, metavar="N", help="calibration sequences at most (default 64)"

@@ -11,6 +11,7 @@ import platformdirs
 DATA = Path(__file__).parent / "data"
 MODEL = DATA / "demo"
 SAMPLE_TEXT = DATA / "sample.txt"
+CALIBRATION_TEXT = Path(__file__).parent / "calibration" / "text" / "mixture.jsonl"
 
 
 def cache_dir() -> Path:

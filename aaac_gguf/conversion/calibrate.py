@@ -68,7 +68,7 @@ def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
     if tokens is None:
         with finite_logits(model):
             tokens = self_tokens(model, settings.sequences, settings.sequence_length, settings.seed)
-    dataset = str(settings.calibration or "self")
+    dataset = settings.calibration or "bundled"
     if job.moments != "measured":
         return done(importance(model, tokens, file.architecture, file.tensors, dataset))
     n_vocab = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)

@@ -23,7 +23,7 @@ from ..files.imatrix import Imatrix, read_imatrix
 from ..files.layout import Layout, lay_out
 from ..models import checkpoint
 from ..quantizer.types import TENSOR_TYPES
-from ..resources import sha256
+from ..resources import CALIBRATION_TEXT, sha256
 from .plan import TensorPlan, make_plan, unknown_integers
 from .settings import CalibrationKind, MomentsKind, Settings, parse_type
 
@@ -194,12 +194,12 @@ def _calibration_input(source: Path, header: GgufFile, settings: Settings) -> Ca
             description = {"source": "self", "seed": settings.seed, "tokens": n * length, "sequence_length": length}
             return CalibrationInput(kind, description, n * length)
         case "text":
-            text = Path(str(settings.calibration))
+            text = settings.text
             tokens, digest = text_tokens(source, text, n, length)
             if embeddings := header.shapes.get("token_embd.weight"):
                 check_ids(tokens, embeddings[0], text)
             description = {
-                "source": "text",
+                "source": "bundled" if text == CALIBRATION_TEXT else "text",
                 "file": text.name,
                 "sha256": digest,
                 "tokens": tokens.numel(),

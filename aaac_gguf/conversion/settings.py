@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as T
 
 from ..errors import AaacError
 from ..quantizer.types import TENSOR_TYPES, Method
+from ..resources import CALIBRATION_TEXT
 
 CalibrationKind = Literal["none", "self", "text", "imatrix"]
 MomentsKind = Literal["none", "synthetic", "measured"]
@@ -26,7 +27,8 @@ class Settings:
     type             type of the matrices
     embedding_type   type of token_embd and output, unless `type` has 8 bits or more
     tensor_types     pairs of a regular expression and a type for the tensors whose name it matches; the last match wins
-    calibration      path of a text, "self" for tokens that the model samples, "none"; None for the default
+    calibration      path of a text, "bundled" for the package's own, "self" for tokens that the model samples, "none";
+                     None for the default
     imatrix          an importance file of llama.cpp instead of a calibration
     sequences        calibration sequences, at most
     sequence_length  tokens in each
@@ -93,7 +95,12 @@ class Settings:
             return "text"
         # Nobody waits for a calibration who only asked for 8 or 16 bits.
         rough = parse_type(self.type, "type") not in (*PLAIN_TYPES, T.Q8_0)
-        return "self" if rough and not source.is_file() else "none"
+        return "text" if rough and not source.is_file() else "none"
+
+    @property
+    def text(self) -> Path:
+        """Return the text to calibrate on, where it is a text: the bundled one unless another is named."""
+        return Path(self.calibration) if self.calibration not in (None, "bundled") else CALIBRATION_TEXT
 
     def moments_kind(self, source: Path) -> MomentsKind:
         """Return where error feedback has its second moments from.

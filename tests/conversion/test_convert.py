@@ -358,7 +358,7 @@ def test_a_full_disk(source, tmp_path, capsys):
 
 
 def test_the_bundled_model(demo_full, tmp_path, capsys):
-    """A checkpoint folder through llama.cpp's converter, calibrated on tokens of its own."""
+    """A checkpoint folder through llama.cpp's converter, calibrated on the bundled text."""
     out = tmp_path / "demo.gguf"
     small = ("--calib-sequences", 2, "--calib-length", 32)
     assert convert(resources.MODEL, out, "--dry-run", *small) == 0
@@ -372,8 +372,9 @@ def test_the_bundled_model(demo_full, tmp_path, capsys):
     assert len(file.codecs) == 28
     assert file.tensors["token_embd.weight"].tensor_type.name == "Q6_K"
     described = {
-        "source": "self",
-        "seed": 0,
+        "source": "bundled",
+        "file": "mixture.jsonl",
+        "sha256": resources.sha256(resources.CALIBRATION_TEXT),
         "tokens": 64,
         "sequence_length": 32,
         "method": "aaac",
