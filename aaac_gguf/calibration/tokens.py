@@ -18,8 +18,9 @@ from ..files.gguf import GgufFile
 from ..models.checkpoint import load_tokenizer
 from ..progress import progress
 
-# Random sequences per sequence of text.
+# Random sequences per sequence of text, and what they weigh together, relative to the text.
 RANDOM_SHARE = 1 / 4
+RANDOM_WEIGHT = 1 / 4
 
 
 def fitting_length(file: GgufFile, length: int, setting: str) -> int:
@@ -46,7 +47,7 @@ def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> tuple[Tensor,
     """Add sequences of uniformly drawn tokens to `tokens` int64 [n, T], RANDOM_SHARE as many.
 
     Return all sequences, the random ones last, and the weight of each, float32. A random sequence starts with the first
-    token of a text's. Together the random sequences weigh as much as the text.
+    token of a text's. Together the random sequences weigh RANDOM_WEIGHT of the text.
 
     A text shows few of the directions that activations can take, and quantization errors in the others would count as
     free. Random tokens show the others. More random tokens change nothing.
@@ -55,7 +56,7 @@ def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> tuple[Tensor,
     drawn = torch.randint(vocab_size, (n_random, tokens.shape[1]), generator=torch.Generator().manual_seed(seed))
     drawn[:, 0] = tokens[:n_random, 0]
     weights = torch.ones(len(tokens) + n_random)
-    weights[len(tokens) :] = len(tokens) / n_random
+    weights[len(tokens) :] = RANDOM_WEIGHT * len(tokens) / n_random
     return torch.cat([tokens, drawn]), weights
 
 

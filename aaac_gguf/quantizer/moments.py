@@ -45,11 +45,12 @@ class Moments:
         """
         if self.drift is None:
             return weight
-        inputs = factor(self.inputs, DAMPING + 2 * len(self.inputs) / self.n_tokens)
+        inputs = factor(self.inputs, DRIFT_DAMPING + 2 * len(self.inputs) / self.n_tokens)
         return weight + weight @ (self.drift / inputs.mean) @ inputs.u.T @ inputs.u
 
 
-DAMPING = 0.03  # of the mean of H's diagonal, added to the diagonal
+DAMPING = 0.1  # of the mean of H's diagonal, added to the diagonal
+DRIFT_DAMPING = 0.03  # likewise, in the regression of a drift
 
 
 @dataclass(frozen=True)

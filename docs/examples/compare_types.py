@@ -17,7 +17,7 @@ parser.add_argument("model", nargs="?", default=MODEL)
 parser.add_argument("-o", "--output", type=Path, default=Path("comparison"))
 parser.add_argument("--types", default="AAAC4_G16,IQ4_NL")
 parser.add_argument("--text", type=Path, default=SAMPLE_TEXT)
-parser.add_argument("--calibration", help="a text file, 'self' (the model writes it) or 'none'")
+parser.add_argument("--calibration", help="a text file, 'bundled', 'self' (the model writes it) or 'none'")
 args = parser.parse_args()
 
 types = args.types.split(",")

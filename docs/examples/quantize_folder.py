@@ -16,7 +16,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default=MODEL)
 parser.add_argument("-o", "--output", type=Path, default=Path("model.gguf"))
 parser.add_argument("--type", default="AAAC4_G16")
-parser.add_argument("--calibration", default="self", help="a text file, 'self' (the model writes it) or 'none'")
+parser.add_argument("--calibration", default="bundled", help="a text file, 'bundled', 'self' or 'none'")
 parser.add_argument("--sequences", type=int, default=64, help="fewer are faster and less exact")
 args = parser.parse_args()
 

@@ -155,7 +155,7 @@ def test_random_tokens_come_beside_the_text():
     assert (both[8:, 1:] != tokens[:2, 1:]).float().mean() > 0.9
     assert int(both.min()) >= 0
     assert int(both.max()) < 4096
-    assert weights.tolist() == [1] * 8 + [4] * 2
+    assert weights.tolist() == [1] * 8 + [1] * 2
 
 
 def test_sequences_are_as_long_as_the_model_allows(tmp_path, llama_source):
