@@ -101,7 +101,13 @@ def check_agreement(model: Any, file: GgufFile, source: Path) -> None:
     if not (build.is_built("cuda") or build.is_built("cpu")):
         return
     with temporary_folder("aaac-agreement-") as folder:
-        evaluate.save_logits(file.path, SAMPLE_TEXT, folder / "logits", file.positions(N_CTX), n_chunks=1)
+        try:
+            evaluate.save_logits(file.path, SAMPLE_TEXT, folder / "logits", file.positions(N_CTX), n_chunks=1)
+        except AaacError as e:
+            if source.is_file():
+                raise
+            warn(f"{source}: llama.cpp does not run it, before anything is quantized: {e}")
+            return
         logits = evaluate.read_logits(folder / "logits")
         tokens = torch.from_numpy(evaluate.with_bos(logits.tokens, file)).long()
         with torch.inference_mode():
