@@ -1,4 +1,4 @@
-"""How far a calibration travels: the error that matrices quantized on one text have on another.
+"""Measure how far a calibration travels: the error that matrices quantized on one text have on another.
 
     python benchmarks/travel.py MODEL --calib mixture.jsonl --calib novel.txt --test web.txt --test wiki.txt
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType as T
@@ -32,11 +33,15 @@ from aaac_gguf.quantizer.quantize import quantize
 CONTEXT = 512
 
 
-def moments(model: object, file: GgufFile, names: list[str], tokens: Tensor, weights: Tensor) -> dict[str, Moments]:
-    """Return the moments of the tensors `names` in the full model, over the sequences `tokens` int64 [n, T]."""
+def moments(model: Any, file: GgufFile, names: list[str], tokens: Tensor, random: bool) -> dict[str, Moments]:
+    """Return the moments of the tensors `names` in the full model, over the sequences `tokens` int64 [n, T].
+
+    random: with random sequences beside them, as in a conversion.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    sequences, weights = with_random(tokens, vocabulary) if random else (tokens, torch.ones(len(tokens)))
     with tempfile.TemporaryDirectory() as folder:
-        n_text = int((weights == weights[0]).sum())
-        activations = Activations(Blocks(model, tokens[:1]), tokens, n_text, Path(folder))
+        activations = Activations(Blocks(model, tokens[:1]), sequences, len(tokens), Path(folder))
         activations.run(Squares())
         walk = BlockMoments(activations, weights, file, names, Path(folder), seed=1)
         found = {name: walk.moments(name) for name in sorted(names, key=walk.places.__getitem__)}
@@ -60,15 +65,13 @@ def main() -> None:
     ggml_type: T = parse_type(args.type, "type")
 
     model = checkpoint.load_model(args.model)
-    vocabulary = model.get_input_embeddings().num_embeddings
     with tempfile.TemporaryDirectory() as folder, full_precision(args.model, Path(folder)) as file:
         blocks = tuple(f"blk.{i}." for i in args.blocks)
         names = [n for n, shape in file.shapes.items() if n.startswith(blocks) and len(shape) == 2]
 
         def seen_on(path: Path, n: int, random: bool) -> dict[str, Moments]:
             tokens, _ = text_tokens(args.model, path, n, CONTEXT)
-            sequences, weights = with_random(tokens, vocabulary) if random else (tokens, torch.ones(len(tokens)))
-            return moments(model, file, names, sequences, weights)
+            return moments(model, file, names, tokens, random)
 
         tests = {path: seen_on(path, args.test_sequences, False) for path in args.test}
         print(f"{'calibrated on':30}" + "".join(f"{path.stem:>16}" for path in tests))

@@ -52,14 +52,13 @@ class InputRecorder(Products):
             return
         if self.dims[name] == 2:
             self._product = name
-            for (first, _), latest in reversed(self.inputs.items()):
-                if self.dims[first] != 2:
-                    continue
+            matrices = (first for first, _ in reversed(self.inputs) if self.dims[first] == 2)
+            if first := next(matrices, None):
+                latest = self.inputs[first, 0]
                 # `self.inputs` keeps its tensors alive, so an equal address is the same tensor.
                 if latest.data_ptr() == inputs.data_ptr() and latest.shape == inputs.shape:
                     self.same_input_as[name] = first
                     return
-                break
         self.same_input_as[name] = name
         seen = self.inputs.get((name, expert))
         self.inputs[name, expert] = inputs if seen is None else torch.cat([seen, inputs])

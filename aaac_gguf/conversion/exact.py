@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
 from ..files import format as fmt
@@ -17,7 +16,7 @@ from ..models.weights import load_weight
 from ..progress import progress
 from ..quantizer.exact import EXACT_TYPES, encode_exactly, has_few_values
 from .job import Job
-from .plan import ASKED_FOR, Rounding, TensorPlan
+from .plan import ASKED_FOR, Rounding, TensorPlan, bits_per_weight
 from .settings import PLAIN_TYPES
 
 DTYPES = {T.F32: torch.float32, T.F16: torch.float16, T.BF16: torch.bfloat16}
@@ -66,16 +65,11 @@ def _exact(plan: TensorPlan, job: Job, file: GgufFile) -> TensorPlan:
     if not has_few_values(first):
         return plan
     # A budget for mixed types is not spent here.
-    largest = _bits(plan.type) if job.settings.mixes else max(map(_bits, EXACT_TYPES))
+    largest = bits_per_weight(plan.type) if job.settings.mixes else max(map(bits_per_weight, EXACT_TYPES))
     ours = plan.type in fmt.TYPES_BY_ID  # else the file is for every llama.cpp
-    types = [t for t in EXACT_TYPES if _bits(t) <= largest and (ours or t not in fmt.TYPES_BY_ID)]
+    types = [t for t in EXACT_TYPES if bits_per_weight(t) <= largest and (ours or t not in fmt.TYPES_BY_ID)]
     types = [t for t in types if encode_exactly(first, dtype, t)]
     weight = load_weight(file, plan.name, "cpu") if types else first
     found = next((t for t in types if encode_exactly(weight, dtype, t)), None)
     file.release()
     return plan if found is None else replace(plan, type=found, rounding=Rounding.EXACT, reason="4-bit by nature")
-
-
-def _bits(ggml_type: T) -> float:
-    n_weights, n_bytes = GGML_QUANT_SIZES[ggml_type]
-    return 8 * n_bytes / n_weights

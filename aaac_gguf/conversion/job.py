@@ -109,7 +109,7 @@ class Job:
             return weights
         n_blocks, width = (int(header.setting(key, 0)) for key in ("block_count", "embedding_length"))
         n_tokens = int(self.calibration.n_tokens * (1 + RANDOM_SHARE))
-        rows = [p.shape[-2] for p in self.plans if p.name in self.searched and len(p.shape) == 2]
+        rows = [p.shape[-2] for p in self.plans if p.is_searched and len(p.shape) == 2]
         outputs = sum(n * (n + 1) // 2 for n in rows if n <= MAX_OUTPUTS)
         return weights + 4 * ((n_blocks + 1) * n_tokens * width + outputs)
 

@@ -89,7 +89,7 @@ def is_searched(name: str, source_type: T, ggml_type: T) -> bool:
     """Return whether a tensor of this type is rounded by search, so that calibration is worth its time."""
     if ggml_type == source_type or not TENSOR_TYPES[ggml_type].quantizer:
         return False
-    return not (name in EMBEDDINGS and _bits_per_weight(ggml_type) > _FINE_BITS)
+    return not (name in EMBEDDINGS and bits_per_weight(ggml_type) > _FINE_BITS)
 
 
 def plan_rounding(name: str, source_type: T, ggml_type: T, moments: MomentsKind) -> Rounding:
@@ -180,7 +180,7 @@ def check_quantized(
         what = f"{source.path}: tensor {name} is {ggml_type.name} already"
         if not _decodable(ggml_type):
             raise AaacError(f"{what}, which cannot be decoded here; start from the full-precision file")
-        if not allowed and _bits_per_weight(ggml_type) < _REQUANTIZED_BITS:
+        if not allowed and bits_per_weight(ggml_type) < _REQUANTIZED_BITS:
             raise AaacError(f"{what}; {advice}")
     if quantized:
         names = ", ".join(t.name for t in quantized)
@@ -229,6 +229,7 @@ def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embed
     return default, ""
 
 
-def _bits_per_weight(ggml_type: T) -> float:
+def bits_per_weight(ggml_type: T) -> float:
+    """Return the bits that a weight of a type takes, scales included."""
     n_weights, n_bytes = GGML_QUANT_SIZES[ggml_type]
     return 8 * n_bytes / n_weights
