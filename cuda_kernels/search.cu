@@ -353,14 +353,15 @@ aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const flo
 }
 
 // Round a block of columns to steps that are chosen already, as TorchSearch.round_to_steps does.
-//   w, error, quants       [n][n_rows]
+//   w, error, levels       [n][n_rows]
 //   u                      the upper triangle of the block, row stride ld
+//   table                  [AAAC_CELLS], the nearest level for each cell
 //   step, offset, inverse  [n / run][n_rows], run a multiple of 16
 // Thread t of a row holds its columns t, t + 16, ...
 __global__ void __launch_bounds__(AAAC_SEARCH_THREADS)
-aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld, int run, int n_levels,
-                        const float * step, const float * offset, const float * inverse, const float * w,
-                        uint8_t * quants, float * error) {
+aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld, int run,
+                        const float * __restrict__ table, const float * step, const float * offset,
+                        const float * inverse, const float * w, int8_t * levels, float * error) {
     const int  row   = blockIdx.x*AAAC_ROWS + threadIdx.x/AAAC_ROW_THREADS;
     const int  t     = aaac_row_thread();
     const bool valid = row < n_rows;
@@ -382,11 +383,12 @@ aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld,
             for (int i = 0; i < AAAC_ROW_THREADS; ++i) {
                 const float * next  = u + (start + i)*ld + start;
                 const float   value = __shfl_sync(0xFFFFFFFFu, x[p], i, AAAC_ROW_THREADS);
-                const float   quant = fminf(fmaxf(rintf(aaac_mul(value + shift, factor)), 0.0f), n_levels - 1);
-                const float   left  = (value - (aaac_mul(quant, one) - shift))
+                const float   cell  = aaac_mul(value + shift, factor)*AAAC_PER_UNIT + AAAC_CELLS/2;
+                const float   level = table[(int) fminf(fmaxf(cell, 0.0f), AAAC_CELLS - 1)];
+                const float   left  = (value - (aaac_mul(level, one) - shift))
                                     * __shfl_sync(0xFFFFFFFFu, root, i, AAAC_ROW_THREADS);
                 if (valid && t == i) {
-                    quants[(start + i)*n_rows + row] = (uint8_t) quant;
+                    levels[(start + i)*n_rows + row] = (int8_t) level;
                     error[(start + i)*n_rows + row]  = left;
                 }
 #pragma unroll

@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType as T
 from aaac_gguf.files.format import TYPES
 from aaac_gguf.quantizer import native
 from aaac_gguf.quantizer.backends import BACKENDS
+from aaac_gguf.quantizer.kquants import KQUANTS
 from aaac_gguf.quantizer.moments import output_error
 from aaac_gguf.quantizer.quantize import quantize
 from aaac_gguf.quantizer.search import TorchSearch
@@ -19,7 +20,7 @@ G16, G32, G128 = (T[name] for name in TYPES)
 NEEDS_C = pytest.mark.skipif(not native.library(), reason="no C compiler builds search.c here")
 AAAC_TYPES = pytest.mark.parametrize("type", [G16, G32, G128], ids=lambda t: t.name)
 GRID_TYPES = pytest.mark.parametrize("type", [G16, G32, G128, T.IQ4_NL, T.Q8_0], ids=lambda t: t.name)
-K_TYPES = pytest.mark.parametrize("type", [T.Q5_K, T.Q6_K], ids=lambda t: t.name)
+K_TYPES = pytest.mark.parametrize("type", KQUANTS, ids=lambda t: t.name)
 METHODS = pytest.mark.parametrize("method", ["aaac", "paper"])
 CPU_BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=NEEDS_C)])
 

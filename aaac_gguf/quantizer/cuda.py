@@ -97,11 +97,11 @@ class CudaSearch(TorchSearch):
         self._launch("aaac_sweep", *gradient.shape, h[block, block], len(h), roots, gradient, *decided)
 
     @staticmethod
-    def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], n_levels: int, quants: Tensor) -> Tensor:
+    def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], table: Tensor, levels: Tensor) -> Tensor:
         errors = torch.empty_like(w)
         run = len(w) // len(steps[0])
         launch = launcher(w.device, ON_STEPS)
-        launch(ON_STEPS, w.shape[1], *w.shape, u, u.stride(0), run, n_levels, *steps, w, quants, errors)
+        launch(ON_STEPS, w.shape[1], *w.shape, u, u.stride(0), run, table, *steps, w, levels, errors)
         return errors
 
     def _launch(self, name: str, n_columns: int, n_rows: int, *arguments: Tensor | int) -> None:

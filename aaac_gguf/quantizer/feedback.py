@@ -17,7 +17,7 @@ the factor of O, before they are encoded (YAQA, Tseng et al., 2025).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TypeVar
 
 import torch
@@ -77,26 +77,26 @@ def _decide_columns(weight: Tensor, metrics: LayerMetrics, search: TorchSearch, 
 
 
 def feedback_on_steps(
-    weight: Tensor, inputs: Factor, steps: Steps, backend: Backend, outputs: Tensor | None = None
+    weight: Tensor, inputs: Factor, steps: Steps, table: Tensor, backend: Backend, outputs: Tensor | None = None
 ) -> Tensor:
-    """Return quants uint8 [N, K] for `weight` float32 [N, K], for scales that are chosen already.
+    """Return levels int8 [N, K] for `weight` float32 [N, K], for scales that are chosen already.
 
-    The moments are given as for `feedback`.
+    table: the nearest level for each cell. The moments are given as for `feedback`.
     """
     u = inputs.u
 
     def encode(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         w = rows.T.clone(memory_format=torch.contiguous_format)
-        quants = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-        by_run = [t[numbers].T.contiguous() for t in (steps.step, steps.offset, steps.inverse)]
+        levels = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+        chosen = steps.of_rows(numbers)
+        by_run = [t.T.contiguous() for t in chosen.products]
+        size = len(w) // len(by_run[0])
         for block in column_blocks(len(w)):
-            runs = slice(block.start // steps.run, block.stop // steps.run)
-            errors = backend.round_to_steps(
-                w[block], u[block, block], [t[runs] for t in by_run], steps.n_levels, quants[block]
-            )
+            runs = slice(block.start // size, block.stop // size)
+            errors = backend.round_to_steps(w[block], u[block, block], [t[runs] for t in by_run], table, levels[block])
             w[block.stop :].addmm_(u[block, block.stop :].T, errors, alpha=-1)
-        chosen = quants.T.contiguous()
-        return replace(steps, step=steps.step[numbers], offset=steps.offset[numbers]).weights(chosen), chosen
+        by_row = levels.T.contiguous()
+        return chosen.weights(by_row), by_row
 
     parts, order = _in_row_blocks(weight, outputs, encode)
     return torch.cat(parts)[order]

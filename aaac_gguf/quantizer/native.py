@@ -7,7 +7,9 @@ folder.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +87,13 @@ class NativeSearch(TorchSearch):
         roots = metrics.fixed_roots[block.start // self.group_size :]
         self._call("aaac_sweep", *gradient.shape, self.group_size, h[block, block], len(h), roots, gradient, *decided)
 
+    @staticmethod
+    def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], table: Tensor, levels: Tensor) -> Tensor:
+        errors = torch.empty_like(w)
+        run = len(w) // len(steps[0])
+        _call("aaac_round_to_steps", *w.shape, run, u, u.stride(0), table, *steps, w, levels, errors)
+        return errors
+
     def _search(
         self, weight: Tensor, error_weight: Tensor, n_starts: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,10 +114,17 @@ class NativeSearch(TorchSearch):
         return w.reshape(-1, self.group_size).contiguous(), a.reshape(-1, self.group_size).contiguous()
 
     def _call(self, name: str, *arguments: Tensor | int) -> None:
-        """Call a function of search.c. Tensors are on the CPU, with the shapes and dtypes that search.c states."""
-        function = getattr(library(), name)
-        function.restype = None
-        if set_threads := getattr(library(), "omp_set_num_threads", None):
-            set_threads(torch.get_num_threads())
-        given = (ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments)
-        function(ctypes.byref(self._native_grid), *given)
+        _call(name, ctypes.byref(self._native_grid), *arguments)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of search.c. Tensors are on the CPU, with the shapes and dtypes that search.c states."""
+    function = getattr(library(), name)
+    function.restype = None
+    if set_threads := getattr(library(), "omp_set_num_threads", None):
+        set_threads(torch.get_num_threads())
+    given = (
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) if isinstance(a, int) else a
+        for a in arguments
+    )
+    function(*given)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..files.format import MAX_LEVEL, N_LEVELS, SELECTOR_SIZE
 from .columns import Candidate, Columns, GroupSearch, LayerMetrics, groups_of_block
-from .grid import CELLS, Encoded, Grid, row_chunks, scale_starts
+from .grid import CELLS, CELLS_PER_UNIT, Encoded, Grid, row_chunks, scale_starts
 
 
 class WeightedGroups:
@@ -164,18 +164,20 @@ class TorchSearch:
             gradient[inside.start :].addmm_(metrics.hessian[group.start : block.stop, group], q - before, alpha=-1)
 
     @staticmethod
-    def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], n_levels: int, quants: Tensor) -> Tensor:
+    def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], table: Tensor, levels: Tensor) -> Tensor:
         """Round a block of columns `w` [n, N] of a K-quant from left to right, with feedback inside the block.
 
         u: the factor of the block, upper triangular [n, n]. steps: step, offset and 1 / step, [n / run, N] each.
-        quants: uint8 [n, N], which is written. `w` may be overwritten. Return the errors as `feed_back` does.
+        table: float32 [CELLS], the nearest level for each cell. levels: int8 [n, N], which is written. `w` may be
+        overwritten. Return the errors as `feed_back` does.
         """
         step, offset, inverse = (t.repeat_interleave(len(w) // len(t), 0) for t in steps)
         errors = torch.empty_like(w)
         for j, error in enumerate(errors):
-            quant = ((w[j] + offset[j]) * inverse[j]).round_().clamp_(0, n_levels - 1)
-            quants[j] = quant
-            torch.sub(w[j], quant * step[j] - offset[j], out=error).div_(u[j, j])
+            cells = ((w[j] + offset[j]) * inverse[j] * CELLS_PER_UNIT + CELLS / 2).clamp_(0, CELLS - 1)
+            level = table[cells.long()]
+            levels[j] = level
+            torch.sub(w[j], level * step[j] - offset[j], out=error).div_(u[j, j])
             w[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
         return errors
 

@@ -25,7 +25,7 @@ from ..files.format import U8, AaacType, Codec
 from .backends import Backend
 from .codebook import fit, fit_paper
 from .feedback import feedback, feedback_on_steps
-from .grid import Encoded, Grid
+from .grid import CELLS, Encoded, Grid
 from .kquants import KQUANTS, KQuant
 from .moments import Factor
 from .stock import STOCK_TYPES, StockType
@@ -175,8 +175,12 @@ class KQuantizer:
         ) -> tuple[U8, Tensor]:
             weight = weight * unit
             steps = self.layout.steps(weight, error_weight.expand(weight.shape))
-            quants = feedback_on_steps(weight, inputs, steps, backend, outputs) if inputs else steps.quants(weight)
-            return self.layout.packed(quants, steps), steps.weights(quants) / unit
+            if inputs:
+                table = self.layout.table.nearest_level[:CELLS].to(weight.device)
+                levels = feedback_on_steps(weight, inputs, steps, table, backend, outputs)
+            else:
+                levels = self.layout.round_to(steps, weight)
+            return self.layout.packed(levels, steps), steps.weights(levels) / unit
 
         return round_rows
 
@@ -207,6 +211,14 @@ _F16_LARGEST = float(np.finfo(np.float16).max)  # of the scale of a block, and s
 
 _G16, _G32, _G128 = T["AAAC4_G16"], T["AAAC4_G32"], T["AAAC4_G128"]
 
+
+def _k_quant(type: T, file_type: int, fallback: T, **more: Any) -> TensorType:
+    """Return the row of a type with super-blocks."""
+    layout = KQUANTS[type]
+    largest = layout.levels[-1] * layout.codes[0][1] * _F16_LARGEST
+    return TensorType(type, file_type, KQuantizer(layout), fallback, largest=largest, **more)
+
+
 # In the order in which types are listed.
 # The file type of an AAAC type is its id, as in the patch's llama_ftype.
 # A fallback has shorter blocks, and about as many bits if there is such a type.
@@ -222,12 +234,12 @@ TENSOR_TYPES: dict[T, TensorType] = {
         TensorType(
             T.Q8_0, LlamaFileType.MOSTLY_Q8_0, StockQuantizer(STOCK_TYPES[T.Q8_0]), None, 5, largest=127 * _F16_LARGEST
         ),
-        TensorType(
-            T.Q6_K, LlamaFileType.MOSTLY_Q6_K, KQuantizer(KQUANTS[T.Q6_K]), T.Q8_0, 4, largest=31 * 127 * _F16_LARGEST
-        ),
-        TensorType(
-            T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S, KQuantizer(KQUANTS[T.Q5_K]), T.Q8_0, 3, largest=31 * 63 * _F16_LARGEST
-        ),
+        _k_quant(T.Q6_K, LlamaFileType.MOSTLY_Q6_K, T.Q8_0, candidate_rank=4),
+        _k_quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S, T.Q8_0, candidate_rank=3),
+        _k_quant(T.Q4_K, LlamaFileType.MOSTLY_Q4_K_S, T.IQ4_NL, by_importance=True),
+        _k_quant(T.IQ4_XS, LlamaFileType.MOSTLY_IQ4_XS, T.IQ4_NL, by_importance=True),
+        _k_quant(T.Q3_K, LlamaFileType.MOSTLY_Q3_K_S, T.IQ4_NL, by_importance=True),
+        _k_quant(T.Q2_K, LlamaFileType.MOSTLY_Q2_K_S, T.IQ4_NL, by_importance=True),
         TensorType(T.Q4_0, LlamaFileType.MOSTLY_Q4_0, StockQuantizer(STOCK_TYPES[T.Q4_0]), largest=7 * _F16_LARGEST),
         TensorType(
             T.IQ4_NL,

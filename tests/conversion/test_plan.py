@@ -69,7 +69,7 @@ def test_the_last_match_wins(source):
     [
         (("nothing", "Q8_0"), "`tensor_types` nothing=Q8_0: matches no matrix"),
         (("norm", "Q8_0"), "`tensor_types` norm=Q8_0: matches no matrix"),
-        (("attn_q", "Q3_K"), "`tensor_types` Q3_K: unknown type; choose from"),
+        (("attn_q", "Q3_X"), "`tensor_types` Q3_X: unknown type; choose from"),
         (("attn_(", "Q8_0"), r"`tensor_types` attn_\(: bad regular expression"),
     ],
 )

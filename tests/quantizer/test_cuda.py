@@ -14,9 +14,10 @@ from aaac_gguf.quantizer import cuda
 from aaac_gguf.quantizer.columns import BLOCK_COLUMNS
 from aaac_gguf.quantizer.cuda import CudaSearch, Launcher
 from aaac_gguf.quantizer.feedback import feedback, feedback_on_steps
-from aaac_gguf.quantizer.grid import SCALE_STARTS
+from aaac_gguf.quantizer.grid import CELLS, SCALE_STARTS
 from aaac_gguf.quantizer.kquants import KQUANTS
 from aaac_gguf.quantizer.moments import factor
+from aaac_gguf.quantizer.native import NativeSearch
 from aaac_gguf.quantizer.search import TorchSearch
 
 KERNELS = ("aaac_feed_back", "aaac_sweep")
@@ -85,17 +86,20 @@ def test_feedback_is_that_of_torch_and_of_search_c(launched, type, n_rows, k, n_
             check_alike(w, found, other.decode(feedback(w, inputs, other, o, sweeps)), inputs, o)
 
 
+@NEEDS_C
 @pytest.mark.parametrize("n_tokens", [FULL, FEW])
 @pytest.mark.parametrize("between_rows", [False, True], ids=["columns", "columns and rows"])
 @K_TYPES
 def test_feedback_on_steps_is_that_of_torch(launched, type, between_rows, n_tokens):
     w, inputs = samples(7, 512), factor(moment(512, n_tokens))
-    steps = KQUANTS[type].steps(w, torch.ones_like(w))
+    layout = KQUANTS[type]
+    steps, table = layout.steps(w, torch.ones_like(w)), layout.table.nearest_level[:CELLS]
     o = torch.eye(7) + 0.3 if between_rows else None
-    found = feedback_on_steps(w, inputs, steps, CudaSearch, o)
+    found = feedback_on_steps(w, inputs, steps, table, CudaSearch, o)
     assert launched == ["aaac_feed_back_on_steps"] * (4 * 7 if between_rows else 4)
-    expected = feedback_on_steps(w, inputs, steps, TorchSearch, o)
-    check_alike(w, steps.weights(found), steps.weights(expected), inputs, o)
+    for backend in (TorchSearch, NativeSearch):
+        expected = feedback_on_steps(w, inputs, steps, table, backend, o)
+        check_alike(w, steps.weights(found), steps.weights(expected), inputs, o)
 
 
 def test_constants_are_those_of_search_cu(lib):
