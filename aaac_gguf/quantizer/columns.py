@@ -71,7 +71,7 @@ class LayerMetrics:
             m.view(n_groups, group_size, n_groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             for m in (inputs.u, inputs.hessian)
         )
-        self.fixed_roots = inverse_root(fixed.double())[0].float().contiguous()
+        self.fixed_roots = inverse_root(fixed.double()).float().contiguous()
 
     @cached_property
     def free(self) -> list[GroupMetric]:
@@ -204,6 +204,11 @@ class Columns:
         """Return views of q, levels, selectors and codes for a block or a group of columns."""
         runs, groups = (slice(block.start // n, block.stop // n) for n in (SELECTOR_SIZE, group_size))
         return self.q[block], self.levels[block], self.selectors[runs], self.codes[groups]
+
+    def in_order(self, groups: Tensor) -> Columns:
+        """Return the decisions with the groups of columns in another order, int64 [K / group_size]."""
+        parts = (self.q, self.levels, self.selectors, self.codes)
+        return Columns(*(t.view(len(groups), -1, t.shape[1])[groups].view(t.shape) for t in parts))
 
     def encoded(self, grid: Grid) -> Encoded:
         """Return the decisions row by row."""

@@ -12,7 +12,8 @@ full model on x.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,22 +56,29 @@ DRIFT_DAMPING = 0.03  # likewise, in the regression of a drift
 
 @dataclass(frozen=True)
 class Factor:
-    """A damped Hessian and its factor, scaled to a mean diagonal of 1 + damping.
+    """A damped Hessian that can be factored, scaled to a mean diagonal of 1 + damping.
 
     hessian  float32 [K, K], H
-    u        float32 [K, K], U upper triangular with H^-1 = U^T U
     damping  the number that was added to the diagonal, relative to the mean of the diagonal
     mean     the mean of the diagonal before, by which H was divided
     """
 
     hessian: Tensor
-    u: Tensor
     damping: float
     mean: float
 
+    @cached_property
+    def u(self) -> Tensor:
+        """Return U float32 [K, K], upper triangular with H^-1 = U^T U."""
+        return inverse_root(self.hessian.double()).float().contiguous()
+
+    def reordered(self, order: Tensor) -> Factor:
+        """Return the same for columns in another order, int64 [K]."""
+        return replace(self, hessian=self.hessian[order][:, order])
+
 
 def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
-    """Damp and factor `hessian` [K, K], symmetric and positive semidefinite up to rounding.
+    """Damp `hessian` [K, K] so that it has a factor. It is symmetric and positive semidefinite up to rounding.
 
     A channel that was never active gets the mean diagonal and no neighbours, so its weights are rounded for themselves.
     If the factorisation fails, damping grows tenfold until it does not. Raises AaacError for NaN and Inf.
@@ -86,23 +94,20 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     diagonal[dead] = mean
     h /= mean  # no factor of H changes the choices; this one keeps squares inside float32
     while True:
-        damped = h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)
-        u, failed = inverse_root(damped)
-        if not failed:
-            return Factor(damped.float(), u.float().contiguous(), damping, float(mean))
+        damped = (h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)).float()
+        if not torch.linalg.cholesky_ex(damped.double())[1]:
+            return Factor(damped, damping, float(mean))
         damping *= 10
 
 
-def inverse_root(h: Tensor) -> tuple[Tensor, bool]:
-    """Return U upper triangular [..., K, K] with h^-1 = U^T U, and whether h was not positive definite.
+def inverse_root(h: Tensor) -> Tensor:
+    """Return U upper triangular [..., K, K] with h^-1 = U^T U.
 
     The Cholesky factorisation from the last column to the first gives h = R R^T with R upper triangular, and U = R^-1.
     """
-    lower, failed = torch.linalg.cholesky_ex(h.flip(-2, -1))
+    lower = torch.linalg.cholesky_ex(h.flip(-2, -1))[0]
     identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    return torch.linalg.solve_triangular(lower.flip(-2, -1), identity.expand_as(h), upper=True), bool(
-        (failed != 0).any()
-    )
+    return torch.linalg.solve_triangular(lower.flip(-2, -1), identity.expand_as(h), upper=True)
 
 
 def output_error(difference: Tensor, hessian: Tensor, outputs: Tensor | None = None) -> float:

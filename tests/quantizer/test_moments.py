@@ -48,11 +48,9 @@ def test_a_hessian_that_is_not_definite_takes_more_damping_and_says_so():
 
 def test_inverse_roots_of_many_matrices():
     h = torch.stack([hessian()[i : i + 16, i : i + 16] for i in (0, 64)]).double() + torch.eye(16)
-    u, failed = inverse_root(h)
-    assert not failed
+    u = inverse_root(h)
     assert torch.equal(u, u.triu())
     assert torch.allclose(u.mT @ u @ h, torch.eye(16, dtype=torch.float64).expand(2, 16, 16), atol=1e-9)
-    assert inverse_root(-h)[1]
 
 
 def test_output_error_is_the_mean_square_of_the_outputs():

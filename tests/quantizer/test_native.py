@@ -69,9 +69,9 @@ def test_feedback_is_that_of_torch(type, n_rows, between_rows):
     for sweeps in (0, 1):
         found, expected = (feedback(w, factor(h), search, o, sweeps) for search in searches)
         # One tie decided otherwise moves all later weights.
-        assert same(found.indices, expected.indices) > 0.9
+        assert same(found.indices, expected.indices) > 0.85
         errors = [output_error(w - searches[0].decode(e), h, o) for e in (found, expected)]
-        assert errors[0] == pytest.approx(errors[1], rel=0.01)
+        assert errors[0] == pytest.approx(errors[1], rel=0.03)
 
 
 def test_the_number_of_threads_changes_nothing():
