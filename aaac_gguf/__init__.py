@@ -33,7 +33,7 @@ def quantize(
     type: str = "AAAC4_G16",
     calibration: str | Path | None = None,
     imatrix: str | Path | None = None,
-    embedding_type: str = "Q6_K",
+    embedding_type: str | None = None,
     tensor_types: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     bpw: float | None = None,
     size: int | None = None,

@@ -16,7 +16,8 @@ from ..progress import progress
 from ..quantizer.types import TENSOR_TYPES, round_to_nearest
 from .job import output_metadata
 from .plan import NOT_WEIGHTS
-from .settings import PLAIN_TYPES, parse_type
+from .recipes import PLAIN_TYPES
+from .settings import parse_type
 
 
 def dequantize_file(source: Path, out: Path, type_name: str = "F32") -> int:

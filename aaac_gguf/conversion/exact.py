@@ -17,7 +17,7 @@ from ..progress import progress
 from ..quantizer.exact import EXACT_TYPES, encode_exactly, has_few_values
 from .job import Job
 from .plan import ASKED_FOR, Rounding, TensorPlan, bits_per_weight
-from .settings import PLAIN_TYPES
+from .recipes import PLAIN_TYPES
 
 DTYPES = {T.F32: torch.float32, T.F16: torch.float16, T.BF16: torch.bfloat16}
 

@@ -25,7 +25,7 @@ from ..models import checkpoint
 from ..quantizer.types import TENSOR_TYPES
 from ..resources import CALIBRATION_TEXT, sha256
 from .plan import TensorPlan, make_plan, unknown_integers
-from .settings import CalibrationKind, MomentsKind, Settings, parse_type
+from .settings import CalibrationKind, MomentsKind, Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,8 @@ class Job:
 
     def without_calibration(self) -> Job:
         """Return the same job for plans in which nothing is left to be rounded by search."""
-        metadata = {k: v for k, v in self.metadata.items() if k not in (fmt.KEY_QUANTIZER, fmt.KEY_CALIBRATION)}
+        ours = (fmt.KEY_QUANTIZER, fmt.KEY_CALIBRATION, "quantize.")
+        metadata = {k: v for k, v in self.metadata.items() if not k.startswith(ours)}
         return replace(self, moments="none", calibration=_NOTHING, metadata=metadata)
 
     def scratch_bytes(self, header: GgufFile) -> int:
@@ -121,7 +122,8 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
     shows before the weights are read.
     """
     settings = _for_encoders(source, header, settings)
-    plans = make_plan(header, settings, settings.moments_kind(source))
+    calibrated = settings.calibration_kind(source) != "none"
+    plans = make_plan(header, settings, settings.moments_kind(source), calibrated)
     if unknown := unknown_integers(header):
         warn(f"{source}: left out, since llama.cpp knows no such tensors: {', '.join(unknown)}")
     is_calibrated = any(p.is_searched for p in plans)
@@ -135,11 +137,13 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
         length = fitting_length(header, settings.sequence_length, "sequence_length")
         settings = replace(settings, sequence_length=length)
     calibration = _calibration_input(source, header, settings) if is_calibrated else _NOTHING
-    metadata = output_metadata(header, TENSOR_TYPES[parse_type(settings.type, "type")].file_type)
+    metadata = output_metadata(header, settings.recipe.file_type)
     if is_calibrated:
         description = {**calibration.description, "method": settings.method, "feedback": moments}
         metadata[fmt.KEY_QUANTIZER] = Value(f"aaac-gguf {__version__}", GGUFValueType.STRING)
         metadata[fmt.KEY_CALIBRATION] = Value(json.dumps(description), GGUFValueType.STRING)
+    if calibration.imatrix and settings.imatrix:
+        metadata |= _imatrix_metadata(calibration.imatrix, settings.imatrix)
     return Job(source, settings, moments, calibration, plans, metadata)
 
 
@@ -164,6 +168,16 @@ def output_metadata(file: GgufFile, file_type: int) -> dict[str, Value]:
     kept["general.file_type"] = Value(int(file_type), GGUFValueType.UINT32)
     kept["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
     return kept
+
+
+def _imatrix_metadata(imatrix: Imatrix, path: Path) -> dict[str, Value]:
+    """Return what llama-quantize says of an importance file."""
+    return {
+        "quantize.imatrix.file": Value(path.name, GGUFValueType.STRING),
+        "quantize.imatrix.dataset": Value(", ".join(imatrix.datasets), GGUFValueType.STRING),
+        "quantize.imatrix.entries_count": Value(len(imatrix.entries), GGUFValueType.UINT32),
+        "quantize.imatrix.chunks_count": Value(imatrix.n_chunks, GGUFValueType.UINT32),
+    }
 
 
 def _calibration_input(source: Path, header: GgufFile, settings: Settings) -> CalibrationInput:

@@ -15,14 +15,14 @@ from ..errors import AaacError, warn
 from ..files import format as fmt
 from ..files.gguf import GgufFile, TensorInfo, block_number, tensor_bytes
 from ..quantizer.types import TENSOR_TYPES
-from .settings import PLAIN_TYPES, MomentsKind, Settings, parse_type
+from .recipes import EMBEDDINGS, PLAIN_TYPES, Recipe
+from .settings import MomentsKind, Settings, parse_type
 
 NOT_WEIGHTS = (T.I8, T.I16, T.I32, T.I64, T.F64)  # what else a full-precision file may hold: copied as it is
 BY_NATURE = (T.MXFP4, T.NVFP4)  # checkpoints are trained in these 4-bit types, and so they are copied too
 
 ASKED_FOR = "asked for: "  # the reason of a type that a setting gave
 
-EMBEDDINGS = ("token_embd.weight", "output.weight")
 # From so many bits per weight up, search gains nothing for embeddings and the output matrix.
 _FINE_BITS = 5
 # Sources of so many bits per weight are as good as full precision, nearly.
@@ -120,15 +120,19 @@ def parse_override(pattern: str, type_name: str) -> Override:
         raise AaacError(f"`tensor_types` {pattern}: bad regular expression: {e}") from None
 
 
-def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tuple[TensorPlan, ...]:
+def make_plan(
+    source: GgufFile, settings: Settings, moments: MomentsKind, calibrated: bool = True
+) -> tuple[TensorPlan, ...]:
     """Decide the type and the rounding of every tensor, and their order in the file.
 
-    Matrices get `settings.type`. token_embd and output get `settings.embedding_type`, unless `type` has 8 bits or more.
-    moments: what error feedback has to go by. Raises AaacError for an override that makes no sense or matches no
-    tensor, and for a source that is quantized to less than 8 bits, unless settings allow it.
+    moments: what error feedback has to go by. calibrated: whether the importance of inputs is known.
+    Raises AaacError for an override that makes no sense or matches no tensor, and for a source that is quantized to
+    less than 8 bits, unless settings allow it.
     """
     check_quantized(source, settings.allow_requantize)
-    default, embedding = parse_type(settings.type, "type"), parse_type(settings.embedding_type, "embedding_type")
+    of_recipe = settings.recipe.types(source, calibrated)
+    if settings.embedding_type is not None:
+        of_recipe |= dict.fromkeys(EMBEDDINGS, parse_type(settings.embedding_type, "embedding_type"))
     overrides = [parse_override(*texts) for texts in settings.tensor_types]
     used: set[Override] = set()
     plans = []
@@ -137,12 +141,12 @@ def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tup
         if name in unknown:
             continue
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        wanted, reason = _wanted(name, shape, tensor.tensor_type, default, embedding)
+        wanted, reason = _wanted(name, shape, tensor.tensor_type, of_recipe[name], settings)
         for override in overrides if is_matrix(name, shape, tensor.tensor_type) else ():
             if override.pattern.search(name):
                 used.add(override)
                 wanted, reason = override.type, f"{ASKED_FOR}{override.pattern.pattern}"
-        fitting = _fitting(wanted, shape[-1], tensor.tensor_type)
+        fitting = _fitting(wanted, shape[-1], tensor.tensor_type, settings.recipe)
         if fitting != wanted:
             blocks = f"whole {wanted.name} blocks of {GGML_QUANT_SIZES[wanted][0]}"
             reason = f"fallback: rows of {shape[-1]} are not {blocks}"
@@ -157,14 +161,14 @@ def make_plan(source: GgufFile, settings: Settings, moments: MomentsKind) -> tup
     return tuple(sorted(plans, key=lambda p: block_number(p.name, 1 << 30)))
 
 
-def _fitting(wanted: T, n_per_row: int, source_type: T) -> T:
+def _fitting(wanted: T, n_per_row: int, source_type: T, recipe: Recipe) -> T:
     """Return the type, or the first of its fallbacks that has whole blocks in such rows.
 
     The last one has 16 bits and holds whatever the source holds.
     """
     half = T.BF16 if source_type == T.F32 else source_type
     while n_per_row % GGML_QUANT_SIZES[wanted][0]:
-        wanted = TENSOR_TYPES[wanted].fallback or half
+        wanted = recipe.fallback(wanted) or half
     return wanted
 
 
@@ -215,7 +219,8 @@ def is_matrix(name: str, shape: tuple[int, ...], source_type: T) -> bool:
     return source_type not in (*NOT_WEIGHTS, *BY_NATURE) and len(shape) > 1 and not kept
 
 
-def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embedding: T) -> tuple[T, str]:
+def _wanted(name: str, shape: tuple[int, ...], source_type: T, of_recipe: T, settings: Settings) -> tuple[T, str]:
+    default = settings.recipe.type
     if source_type in NOT_WEIGHTS:
         return source_type, "not a floating-point weight"
     if source_type in BY_NATURE:
@@ -224,9 +229,9 @@ def _wanted(name: str, shape: tuple[int, ...], source_type: T, default: T, embed
         return T.F32, "one dimension"
     if not is_matrix(name, shape, source_type):
         return (T.F32 if default == T.F32 else source_type), "never quantized"
-    if name in EMBEDDINGS and default not in (*PLAIN_TYPES, T.Q8_0):
-        return embedding, "embedding or output"
-    return default, ""
+    if of_recipe == default:
+        return default, ""
+    return of_recipe, "embedding or output" if name in EMBEDDINGS else f"mixture {settings.type.upper()}"
 
 
 def bits_per_weight(ggml_type: T) -> float:

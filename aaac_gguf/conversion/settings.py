@@ -13,19 +13,18 @@ from gguf import GGMLQuantizationType as T
 from ..errors import AaacError
 from ..quantizer.types import TENSOR_TYPES, Method
 from ..resources import CALIBRATION_TEXT
+from .recipes import Recipe, parse_recipe
 
 CalibrationKind = Literal["none", "self", "text", "imatrix"]
 MomentsKind = Literal["none", "synthetic", "measured"]
-
-PLAIN_TYPES = (T.F32, T.F16, T.BF16)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of one conversion, as a user gives them. Types are given by name.
 
-    type             type of the matrices
-    embedding_type   type of token_embd and output, unless `type` has 8 bits or more
+    type             type of the matrices, or a mixture of types by llama-quantize's name (`recipes`)
+    embedding_type   type of token_embd and output; None for what `type` says, which is Q6_K for AAAC types
     tensor_types     pairs of a regular expression and a type for the tensors whose name it matches; the last match wins
     calibration      path of a text, "bundled" for the package's own, "self" for tokens that the model samples, "none";
                      None for the default
@@ -44,7 +43,7 @@ class Settings:
     """
 
     type: str = "AAAC4_G16"
-    embedding_type: str = "Q6_K"
+    embedding_type: str | None = None
     tensor_types: Sequence[tuple[str, str]] = ()
     calibration: str | None = None
     imatrix: Path | None = None
@@ -72,8 +71,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise AaacError(f"`{name}` {value}: give a positive number")
-        for name in ("type", "embedding_type"):
-            parse_type(getattr(self, name), name)
+        parse_recipe(self.type)
+        if self.embedding_type is not None:
+            parse_type(self.embedding_type, "embedding_type")
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return what `type` means."""
+        return parse_recipe(self.type)
 
     @property
     def mixes(self) -> bool:
@@ -94,8 +99,7 @@ class Settings:
         if self.calibration:
             return "text"
         # Nobody waits for a calibration who only asked for 8 or 16 bits.
-        rough = parse_type(self.type, "type") not in (*PLAIN_TYPES, T.Q8_0)
-        return "text" if rough and not source.is_file() else "none"
+        return "text" if self.recipe.is_rough and not source.is_file() else "none"
 
     @property
     def text(self) -> Path:

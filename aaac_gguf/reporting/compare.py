@@ -154,7 +154,7 @@ def _begin(stem: str, source: Path, full: GgufFile, texts: Sequence[Path], optio
             "sequences": settings.sequences,
             "sequence_length": settings.sequence_length,
             "seed": settings.seed,
-            "embedding": settings.embedding_type,
+            "embedding": fitting_embedding_type(full, settings),
             "n_ctx": options.n_ctx,
             "n_chunks": options.n_chunks,
             "aaac_gguf": __version__,

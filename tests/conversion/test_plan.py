@@ -135,3 +135,18 @@ def test_a_quantized_source_is_refused(tmp_path, rng):
     aaac_file(tmp_path / "a.gguf", rng)
     with pytest.raises(AaacError, match="tensor aaac4_g16 is AAAC4_G16 already"):
         types(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "embeddings", "matrices"),
+    [
+        ({"type": "Q5_K"}, "Q6_K", "Q5_K"),  # a type is that type for all matrices
+        ({"type": "Q5_K_S", "embedding_type": "Q8_0"}, "Q8_0", "Q5_K"),
+        ({"type": "q2_k"}, "Q6_K", "Q2_K"),  # a mixture: the embeddings are the output matrix
+        ({"type": "F16", "embedding_type": "Q6_K"}, "Q6_K", "F16"),
+    ],
+)
+def test_embeddings_are_as_the_type_says_or_as_asked_for(source, settings, embeddings, matrices):
+    types = {p.name: p.type.name for p in make_plan(gguf_io.read(source), Settings(**settings), "none")}
+    assert types["token_embd.weight"] == embeddings
+    assert types["blk.0.attn_q.weight"] == matrices
