@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,9 @@ from ..progress import progress
 # Random sequences per sequence of text, and what they weigh together, relative to the text.
 RANDOM_SHARE = 1 / 4
 RANDOM_WEIGHT = 1 / 4
+
+# The beginnings of many pieces show more than all of a few. So many tokens of each give the least error on other text.
+PIECE_TOKENS = 128
 
 
 def fitting_length(file: GgufFile, length: int, setting: str) -> int:
@@ -61,7 +65,7 @@ def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> tuple[Tensor,
 
 
 def text_tokens(source: Path, text: Path, n_sequences: int, sequence_length: int) -> tuple[Tensor, str]:
-    """Return the first sequences of a text, at most `n_sequences`, and the text's sha256.
+    """Return sequences from all over a text, at most `n_sequences`, and the text's sha256.
 
     The tokens are int64 [n, sequence_length]. If the tokenizer starts a text with BOS, every sequence's first token is
     replaced by BOS, as in llama-imatrix. Raises AaacError for a text that is empty or shorter than one sequence.
@@ -86,8 +90,7 @@ def text_tokens(source: Path, text: Path, n_sequences: int, sequence_length: int
     if text.suffix == ".jsonl":
         ids = _tokens_of_pieces(tokenizer, _pieces(decoded, text), n_tokens, text)
     else:
-        # Only the beginning, since a whole book takes minutes. Tokens are shorter than 32 characters on average.
-        ids = tokenizer(decoded[: 32 * n_tokens], verbose=False)["input_ids"]
+        ids = _tokens_of_text(tokenizer, decoded, n_sequences, sequence_length)
     n = min(n_sequences, len(ids) // sequence_length)
     if n == 0:
         raise AaacError(
@@ -98,6 +101,20 @@ def text_tokens(source: Path, text: Path, n_sequences: int, sequence_length: int
     if _starts_with_bos(tokenizer):
         tokens[:, 0] = tokenizer.bos_token_id
     return tokens, hashlib.sha256(content).hexdigest()
+
+
+def _tokens_of_text(tokenizer: Any, text: str, n_sequences: int, sequence_length: int) -> list[int]:
+    """Return the ids of sequences that begin at even distances in the text. A short text gives all of its own in a row.
+
+    Parts far from each other show more than one stretch does.
+    """
+    distance = len(text) // n_sequences
+    # Tokens are shorter than 32 characters on average. All of a book would take minutes.
+    parts = [text[i * distance : (i + 1) * distance][: 32 * sequence_length] for i in range(n_sequences)]
+    sequences = [tokenizer(part, verbose=False)["input_ids"][:sequence_length] for part in parts]
+    if min(map(len, sequences)) < sequence_length:
+        return tokenizer(text[: 32 * n_sequences * sequence_length], verbose=False)["input_ids"]
+    return list(itertools.chain.from_iterable(sequences))
 
 
 Dialogue = list[dict[str, str]]  # messages, each with "role" and "content"
@@ -125,8 +142,12 @@ def _pieces(content: str, path: Path) -> Iterator[str | Dialogue]:
 
 
 def _tokens_of_pieces(tokenizer: Any, pieces: Iterable[str | Dialogue], n_tokens: int, path: Path) -> list[int]:
-    """Return the first token ids, at least `n_tokens` if there are as many. Dialogues go through the chat template."""
+    """Return at least `n_tokens` ids, if there are as many. Dialogues go through the chat template.
+
+    The first PIECE_TOKENS of every piece come first, then what is left of the pieces.
+    """
     ids: list[int] = [tokenizer.bos_token_id] if _starts_with_bos(tokenizer) else []
+    left: list[int] = []
     refused = ""
     for piece in pieces:
         if len(ids) >= n_tokens:
@@ -140,10 +161,12 @@ def _tokens_of_pieces(tokenizer: Any, pieces: Iterable[str | Dialogue], n_tokens
                     text = tokenizer.apply_chat_template(piece, tokenize=False)
                 except Exception as e:  # a template is a program, and refuses what it does not know
                     refused = str(e)
-        ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        piece_ids = tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        ids += piece_ids[:PIECE_TOKENS]
+        left += piece_ids[PIECE_TOKENS:]
     if refused:
         warn(f"`calibration` {path}: the model's chat template refuses dialogues ({refused}); they are taken as text")
-    return ids
+    return ids + left
 
 
 def _starts_with_bos(tokenizer: Any) -> bool:

@@ -34,6 +34,20 @@ def test_text_tokens_are_sequences_with_bos():
     assert tokenizer.decode(tokens[0, 1:]).startswith("It is a truth universally acknowledged")
 
 
+def test_sequences_come_from_all_over_a_text(tmp_path):
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(map(str, range(10_000))))
+    tokenizer = checkpoint.load_tokenizer(resources.MODEL)
+    tokens, _ = tokens_module.text_tokens(resources.MODEL, text, 4, 64)
+    firsts = [int(tokenizer.decode(row[1:]).split()[1]) for row in tokens]
+    assert firsts == pytest.approx([0, 2700, 5200, 7600], abs=200)
+    # All of a text that has no more tokens than that, in a row.
+    text.write_text(" ".join(map(str, range(60))))
+    tokens, _ = tokens_module.text_tokens(resources.MODEL, text, 4, 64)
+    ids = tokenizer(text.read_text())["input_ids"]
+    assert tokens[:, 1:].tolist() == [ids[64 * i + 1 : 64 * i + 64] for i in range(len(ids) // 64)]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -82,6 +96,17 @@ def test_dialogues_go_through_the_chat_template(tmp_path):
         assert tokens[0, 0] == tokenizer.bos_token_id
         assert (tokens == tokenizer.bos_token_id).sum() == 1
         assert tokenizer.decode(tokens[0, 1:]).startswith(f"It is a truth.\n\n{said}"[:36])
+
+
+def test_all_pieces_begin_before_the_first_goes_on(tmp_path):
+    words = ["truth", "wife", "family"]
+    text = json_lines(tmp_path / "long.jsonl", *({"text": f" {word}" * 300} for word in words))
+    tokenizer = checkpoint.load_tokenizer(resources.MODEL)
+    each = tokens_module.PIECE_TOKENS
+    tokens, _ = tokens_module.text_tokens(resources.MODEL, text, 5, each)
+    found = tokenizer.decode(tokens.flatten(), skip_special_tokens=True).split()
+    changes = [word for word, before in zip(found, [None, *found], strict=False) if word in words and word != before]
+    assert changes == [*words, *words[:2]]
 
 
 def test_a_dialogue_that_the_template_refuses_is_text(tmp_path):
