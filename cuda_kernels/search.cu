@@ -1,6 +1,6 @@
-// The search with error feedback on a GPU: `aaac_feed_back` and `aaac_sweep`, which take the arguments of the functions
-// in quantizer/search.c, and rounding to steps that are chosen already. Not part of the patch. quantizer/search.py says
-// what is computed (`TorchSearch`), and this file follows its method of the same name.
+// The search with error feedback on a GPU: `aaac_feed_back`, `aaac_sweep` and `aaac_round_to_steps`, which take the
+// arguments of the functions in quantizer/search.c. Not part of the patch. quantizer/search.py says what is computed
+// (`TorchSearch`), and this file follows its method of the same name.
 //
 // The groups of a row are decided one after another, so rows run at the same time and, inside a row, candidates.
 // 16 threads share a row. Two of them round the group at one scale, one thread for each codebook. Where there are no
@@ -14,6 +14,7 @@
 constexpr int AAAC_PER_UNIT = 8, AAAC_CELLS = 256*AAAC_PER_UNIT; // quantizer/grid.py
 constexpr int AAAC_BLOCK = 128;                                  // quantizer/columns.py: columns of a block at most
 constexpr int AAAC_RUN   = AAAC_SELECTOR_SIZE;
+constexpr int AAAC_STEPS = 32;                                   // quantizer/kquants.py: columns of a run at most
 
 constexpr int AAAC_ROW_THREADS    = 16;
 constexpr int AAAC_ROWS           = 4;
@@ -352,52 +353,37 @@ aaac_sweep(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const flo
     }
 }
 
-// Round a block of columns to steps that are chosen already, as TorchSearch.round_to_steps does.
-//   w, error, levels       [n][n_rows]
-//   u                      the upper triangle of the block, row stride ld
+// Round a run of columns at steps that are given, as TorchSearch.round_to_steps does. Each thread has a row.
+//   w, levels, error       [n][n_rows], n at most AAAC_STEPS
+//   u                      the upper triangle of the run, row stride ld
 //   table                  [AAAC_CELLS], the nearest level for each cell
-//   step, offset, inverse  [n / run][n_rows], run a multiple of 16
-// Thread t of a row holds its columns t, t + 16, ...
+//   step, offset, inverse  [n_rows]
+// Grid: ceil(n_rows / AAAC_SEARCH_THREADS)
 __global__ void __launch_bounds__(AAAC_SEARCH_THREADS)
-aaac_feed_back_on_steps(int n, int n_rows, const float * __restrict__ u, int ld, int run,
-                        const float * __restrict__ table, const float * step, const float * offset,
-                        const float * inverse, const float * w, int8_t * levels, float * error) {
-    const int  row   = blockIdx.x*AAAC_ROWS + threadIdx.x/AAAC_ROW_THREADS;
-    const int  t     = aaac_row_thread();
-    const bool valid = row < n_rows;
-    float x[AAAC_BLOCK/AAAC_ROW_THREADS];
+aaac_round_to_steps(int n, int n_rows, const float * __restrict__ u, int ld, const float * __restrict__ table,
+                    const float * step, const float * offset, const float * inverse, const float * w, int8_t * levels,
+                    float * error) {
+    const int row = blockIdx.x*AAAC_SEARCH_THREADS + threadIdx.x;
+    if (row >= n_rows) {
+        return;
+    }
+    const float one = step[row], shift = offset[row], factor = inverse[row];
+    float x[AAAC_STEPS];
 #pragma unroll
-    for (int p = 0; p < AAAC_BLOCK/AAAC_ROW_THREADS; ++p) {
-        const int j = p*AAAC_ROW_THREADS + t;
-        x[p] = valid && j < n ? w[j*n_rows + row] : 0.0f;
+    for (int j = 0; j < AAAC_STEPS; ++j) {
+        x[j] = j < n ? w[j*n_rows + row] : 0.0f;
     }
 #pragma unroll
-    for (int p = 0; p < AAAC_BLOCK/AAAC_ROW_THREADS; ++p) {
-        const int start = p*AAAC_ROW_THREADS;
-        if (start < n) {
-            const int   of  = start/run*n_rows + row;
-            const float one    = valid ? step[of]    : 0.0f;
-            const float shift  = valid ? offset[of]  : 0.0f;
-            const float factor = valid ? inverse[of] : 0.0f;
-            const float root = 1.0f/u[(start + t)*ld + start + t];
-            for (int i = 0; i < AAAC_ROW_THREADS; ++i) {
-                const float * next  = u + (start + i)*ld + start;
-                const float   value = __shfl_sync(0xFFFFFFFFu, x[p], i, AAAC_ROW_THREADS);
-                const float   cell  = aaac_mul(value + shift, factor)*AAAC_PER_UNIT + AAAC_CELLS/2;
-                const float   level = table[(int) fminf(fmaxf(cell, 0.0f), AAAC_CELLS - 1)];
-                const float   left  = (value - (aaac_mul(level, one) - shift))
-                                    * __shfl_sync(0xFFFFFFFFu, root, i, AAAC_ROW_THREADS);
-                if (valid && t == i) {
-                    levels[(start + i)*n_rows + row] = (int8_t) level;
-                    error[(start + i)*n_rows + row]  = left;
-                }
+    for (int j = 0; j < AAAC_STEPS; ++j) {
+        if (j < n) {
+            const float cell  = aaac_mul(x[j] + shift, factor)*AAAC_PER_UNIT + AAAC_CELLS/2;
+            const float level = table[(int) fminf(fmaxf(cell, 0.0f), AAAC_CELLS - 1)];
+            const float left  = (x[j] - (aaac_mul(level, one) - shift))/u[j*ld + j];
+            levels[j*n_rows + row] = (int8_t) level;
+            error[j*n_rows + row]  = left;
 #pragma unroll
-                for (int later = p; later < AAAC_BLOCK/AAAC_ROW_THREADS; ++later) {
-                    const int to = (later - p)*AAAC_ROW_THREADS + t;
-                    if (to > i && start + to < n) {
-                        x[later] -= next[to]*left;
-                    }
-                }
+            for (int k = j + 1; k < AAAC_STEPS; ++k) {
+                x[k] -= (k < n ? u[j*ld + k] : 0.0f)*left;
             }
         }
     }

@@ -24,12 +24,12 @@ from .search import TorchSearch
 
 # cuda_kernels/search.cu
 STARTS = 6
-ROWS, THREADS = 4, 64  # of one block of threads
+ROWS, THREADS = 4, 64  # of one block of threads; for ON_STEPS each thread has a row
 GRID = np.dtype(
     [(name, np.uint64) for name in ("level", "scales", "borders")]
     + [(name, np.int32) for name in ("n_scales", "depth")]
 )
-ON_STEPS = "aaac_feed_back_on_steps"
+ON_STEPS = "aaac_round_to_steps"
 
 
 class Launcher:
@@ -41,12 +41,12 @@ class Launcher:
     def __init__(self, kernels: Mapping[str, Any], context: Callable[[], AbstractContextManager]):
         self.kernels, self.context = kernels, context
 
-    def __call__(self, name: str, n_rows: int, *arguments: Tensor | np.ndarray | int) -> None:
+    def __call__(self, name: str, n_blocks: int, *arguments: Tensor | np.ndarray | int) -> None:
         given = tuple(
             a.data_ptr() if isinstance(a, Tensor) else np.int32(a) if isinstance(a, int) else a for a in arguments
         )
         with self.context():
-            self.kernels[name]((-(-n_rows // ROWS),), (THREADS,), given)
+            self.kernels[name]((n_blocks,), (THREADS,), given)
 
 
 def launcher(device: torch.device, *names: str) -> Launcher:
@@ -99,15 +99,14 @@ class CudaSearch(TorchSearch):
     @staticmethod
     def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], table: Tensor, levels: Tensor) -> Tensor:
         errors = torch.empty_like(w)
-        run = len(w) // len(steps[0])
         launch = launcher(w.device, ON_STEPS)
-        launch(ON_STEPS, w.shape[1], *w.shape, u, u.stride(0), run, table, *steps, w, levels, errors)
+        launch(ON_STEPS, -(-w.shape[1] // THREADS), *w.shape, u, u.stride(0), table, *steps, w, levels, errors)
         return errors
 
     def _launch(self, name: str, n_columns: int, n_rows: int, *arguments: Tensor | int) -> None:
         """Launch a kernel of search.cu, with the arguments of the function of search.c."""
         grid, _ = self._cuda_grid
-        self._launcher(f"{name}<{self.group_size}>", n_rows, grid, n_columns, n_rows, *arguments)
+        self._launcher(f"{name}<{self.group_size}>", -(-n_rows // ROWS), grid, n_columns, n_rows, *arguments)
 
     @functools.cached_property
     def _launcher(self) -> Launcher:

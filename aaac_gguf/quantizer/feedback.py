@@ -20,17 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .backends import Backend
 from .columns import Columns, LayerMetrics, column_blocks
-from .grid import Encoded
-from .kquants import Steps
+from .grid import Encoded, Grid
 from .moments import Factor, factor
-from .search import TorchSearch
 
 OUTPUT_DAMPING = 0.6  # as DAMPING, for O, which differs more from text to text
 SWEEPS = 1  # a second one lowers the error by 0.6 % more
@@ -42,8 +39,22 @@ _ROW_BLOCKS = 16
 _CHUNK_ROWS = {"cpu": 512}
 
 
+AnyColumns = TypeVar("AnyColumns", bound=Columns)
+
+
+class Search(Protocol[AnyColumns]):
+    """The search over the values of one tensor, `search.TorchSearch` or `steps.StepSearch`, which document it."""
+
+    grid: Grid
+    group_size: int
+
+    def undecided(self, weight: Tensor, rows: Tensor, groups: Tensor) -> AnyColumns: ...
+    def feed_back(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor: ...
+    def sweep(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None: ...
+
+
 def feedback(
-    weight: Tensor, inputs: Factor, search: TorchSearch, outputs: Tensor | None = None, sweeps: int = SWEEPS
+    weight: Tensor, inputs: Factor, search: Search[AnyColumns], outputs: Tensor | None = None, sweeps: int = SWEEPS
 ) -> Encoded:
     """Encode `weight` float32 [N, K] for least error under `inputs`, the damped H, and O, if it is given.
 
@@ -53,11 +64,13 @@ def feedback(
     order = torch.arange(weight.shape[1], device=weight.device).view(-1, search.group_size)[groups].view(-1)
     metrics = LayerMetrics(inputs.reordered(order), search.group_size)
 
-    def decide(rows: Tensor, _: Tensor) -> tuple[Tensor, Columns]:
-        columns = _decide_columns(rows.T.contiguous(), metrics, search)
+    def decide(rows: Tensor, numbers: Tensor) -> tuple[Tensor, AnyColumns]:
+        w = rows.T.contiguous()
+        columns = search.undecided(w, numbers, groups)
+        _decide_columns(w, columns, metrics, search)
         return columns.q.T, columns
 
-    def sweep(rows: Tensor, columns: Columns) -> Tensor:
+    def sweep(rows: Tensor, columns: AnyColumns) -> Tensor:
         _sweep_columns(rows.T.contiguous(), columns, metrics, search)
         return columns.q.T
 
@@ -66,17 +79,15 @@ def feedback(
     return Encoded(*(torch.cat([getattr(part, field.name) for part in encoded])[rows] for field in fields(Encoded)))
 
 
-def _decide_columns(weight: Tensor, metrics: LayerMetrics, search: TorchSearch) -> Columns:
+def _decide_columns(weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, search: Search[AnyColumns]) -> None:
     """Decide all columns of some rows, `weight` [K, N]."""
-    columns = Columns.undecided(weight, search.group_size)
     moved = weight.clone()
     for block in column_blocks(len(weight)):
         errors = search.feed_back(columns, metrics, block, moved[block])
         moved[block.stop :].addmm_(metrics.u[block, block.stop :].T, errors, alpha=-1)
-    return columns
 
 
-def _sweep_columns(weight: Tensor, columns: Columns, metrics: LayerMetrics, search: TorchSearch) -> None:
+def _sweep_columns(weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, search: Search[AnyColumns]) -> None:
     """Decide all columns of some rows again, `weight` [K, N], each group with the others as they are."""
     gradient = metrics.hessian @ (weight - columns.q)
     for block in column_blocks(len(weight)):
@@ -84,32 +95,6 @@ def _sweep_columns(weight: Tensor, columns: Columns, metrics: LayerMetrics, sear
         search.sweep(columns, metrics, block, gradient[block])
         change = columns.q[block] - before
         gradient[block.stop :].addmm_(metrics.hessian[block.stop :, block], change, alpha=-1)
-
-
-def feedback_on_steps(
-    weight: Tensor, inputs: Factor, steps: Steps, table: Tensor, backend: Backend, outputs: Tensor | None = None
-) -> Tensor:
-    """Return levels int8 [N, K] for `weight` float32 [N, K], for scales that are chosen already.
-
-    table: the nearest level for each cell. The moments are given as for `feedback`.
-    """
-    u = inputs.u
-
-    def encode(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        w = rows.T.clone(memory_format=torch.contiguous_format)
-        levels = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-        chosen = steps.of_rows(numbers)
-        by_run = [t.T.contiguous() for t in chosen.products]
-        size = len(w) // len(by_run[0])
-        for block in column_blocks(len(w)):
-            runs = slice(block.start // size, block.stop // size)
-            errors = backend.round_to_steps(w[block], u[block, block], [t[runs] for t in by_run], table, levels[block])
-            w[block.stop :].addmm_(u[block, block.stop :].T, errors, alpha=-1)
-        by_row = levels.T.contiguous()
-        return chosen.weights(by_row), by_row
-
-    parts, order = _in_row_blocks(weight, outputs, encode)
-    return torch.cat(parts)[order]
 
 
 _Part = TypeVar("_Part")

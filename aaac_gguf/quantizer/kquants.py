@@ -1,14 +1,13 @@
 """llama.cpp's types with super-blocks of 256 weights: K-quants and IQ4_XS. The gguf library only decodes them.
 
-Scales are chosen first, from the weights as they are. Levels follow by rounding to nearest, or by error feedback
-(`feedback.feedback_on_steps`).
+The float16 numbers of the super-blocks are chosen first, from the weights as they are, with codes that suit them.
+Levels follow by rounding to nearest, or codes and levels together by error feedback (`steps.StepSearch`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import gguf
 import numpy as np
@@ -36,23 +35,19 @@ class Steps:
     halves: Tensor
     codes: Tensor
 
-    @cached_property
     def products(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return step, offset and 1 / step, float32 [N, K / run] each. 1 / step is 0 for a step of 0."""
+        """Return step, offset and 1 / step of every run, as `products` does, float32 [N, K / run, 1] each."""
         n_runs = self.codes.shape[1] // self.halves.shape[1]
-        products = self.halves.float().repeat_interleave(n_runs, 1) * self.codes
-        step = products[..., 0]
-        offset = products[..., 1] if products.shape[2] == 2 else torch.zeros_like(step)
-        return step, offset, torch.where(step.abs() < _TINY, 0.0, 1 / step)
+        step, offset, inverse = products(self.halves.repeat_interleave(n_runs, 1), self.codes)
+        return step[..., None], offset[..., None], inverse[..., None]
 
-    def of_rows(self, rows: Tensor) -> Steps:
-        """Return the scales of some rows, by number."""
-        return Steps(self.halves[rows], self.codes[rows])
 
-    def weights(self, levels: Tensor) -> Tensor:
-        """Return the weights that levels [N, K] stand for, float32 [N, K]."""
-        step, offset, _ = (t[..., None] for t in self.products)
-        return (levels.reshape(*step.shape[:2], -1) * step - offset).view(levels.shape)
+def products(halves: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return step, offset and 1 / step, float32 [...] each, for halves and codes [..., P]. 1 / step is 0 for 0."""
+    values = halves.float() * codes
+    step = values[..., 0]
+    offset = values[..., 1] if values.shape[-1] == 2 else torch.zeros_like(step)
+    return step, offset, torch.where(step.abs() < _TINY, 0.0, 1 / step)
 
 
 @dataclass(frozen=True)
@@ -70,30 +65,37 @@ class KQuant:
     codes: tuple[tuple[int, int], ...]
     pack: Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    @cached_property
-    def table(self) -> Grid:
-        """Return the tables of nearest levels, on the CPU. There are no scales in it."""
-        return Grid.from_levels(torch.tensor(self.levels, dtype=torch.float32).repeat(2, 1), torch.zeros(1))
+    def grid(self, device: torch.device | str) -> Grid:
+        """Return the tables of nearest levels. There are no scales in them."""
+        levels = torch.tensor(self.levels, dtype=torch.float32, device=device)
+        return Grid.from_levels(levels.repeat(2, 1), levels.new_zeros(1))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the nearest level to each of `x`, float32."""
         if len(self.levels) == self.levels[-1] - self.levels[0] + 1:
             return x.round().clamp_(self.levels[0], self.levels[-1])
-        return self.table.nearest_level.to(x.device)[self.table.cells(x)]
+        grid = self.grid(x.device)
+        return grid.nearest_level[grid.cells(x)]
 
     def round_to(self, steps: Steps, weight: Tensor) -> Tensor:
-        """Return the nearest levels for weights [N, K], int8 [N, K]."""
-        _, offset, inverse = (t[..., None] for t in steps.products)
+        """Return the indices of the nearest levels for weights [N, K], uint8 [N, K]."""
+        _, offset, inverse = steps.products()
+        grid = self.grid(weight.device)
         runs = weight.reshape(*offset.shape[:2], self.run)
-        return self.nearest((runs + offset) * inverse).to(torch.int8).view(weight.shape)
+        return grid.nearest_index[grid.cells((runs + offset) * inverse)].view(weight.shape)
 
-    def packed(self, levels: Tensor, steps: Steps) -> U8:
-        """Return blocks uint8 [N, row bytes] of levels int8 [N, K]."""
-        table = self.table.nearest_index.to(levels.device)
-        indices = table[self.table.cells(levels.float())].view(-1, QK_K)
-        codes = steps.codes.to(torch.uint8).view(len(indices), QK_K // self.run, -1)
-        blocks = self.pack(indices, codes, steps.halves.reshape(len(indices), -1).view(torch.uint8))
-        return blocks.view(len(levels), -1).cpu().numpy()
+    def weights(self, indices: Tensor, steps: Steps) -> Tensor:
+        """Return the weights that indices uint8 [N, K] stand for, float32 [N, K], bit for bit those of a reader."""
+        step, offset, _ = steps.products()
+        levels = torch.tensor(self.levels, dtype=torch.float32, device=indices.device)[indices.int()]
+        return (levels.view(*step.shape[:2], self.run) * step - offset).view(indices.shape)
+
+    def packed(self, indices: Tensor, steps: Steps) -> U8:
+        """Return blocks uint8 [N, row bytes] of indices uint8 [N, K]."""
+        n_blocks = indices.numel() // QK_K
+        codes = steps.codes.to(torch.uint8).view(n_blocks, QK_K // self.run, -1)
+        halves = steps.halves.reshape(n_blocks, -1).view(torch.uint8)
+        return self.pack(indices.view(n_blocks, QK_K), codes, halves).view(len(indices), -1).cpu().numpy()
 
     def round_to_nearest(self, weight: Tensor) -> U8:
         """Return blocks uint8 [..., row bytes] of weights [..., K], with K a multiple of 256.

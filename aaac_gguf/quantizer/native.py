@@ -90,8 +90,7 @@ class NativeSearch(TorchSearch):
     @staticmethod
     def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], table: Tensor, levels: Tensor) -> Tensor:
         errors = torch.empty_like(w)
-        run = len(w) // len(steps[0])
-        _call("aaac_round_to_steps", *w.shape, run, u, u.stride(0), table, *steps, w, levels, errors)
+        _call("aaac_round_to_steps", *w.shape, u, u.stride(0), table, *steps, w, levels, errors)
         return errors
 
     def _search(

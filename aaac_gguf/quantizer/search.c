@@ -472,27 +472,24 @@ void aaac_sweep(const grid *g, int64_t n, int64_t rows, int64_t size, const floa
     }
 }
 
-// TorchSearch.round_to_steps for a block of `n` columns. w, level, error [n][rows]; step, offset, inverse
-// [n / run][rows]. u: the upper triangle of the block, of row stride `ld`. table [CELLS]: the nearest levels.
-void aaac_round_to_steps(int64_t n, int64_t rows, int64_t run, const float *u, int64_t ld, const float *table,
-                         const float *step, const float *offset, const float *inverse, const float *w, int8_t *level,
-                         float *error) {
-#pragma omp parallel for schedule(dynamic)
+// TorchSearch.round_to_steps for a run of `n` columns. w, level, error [n][rows]; step, offset, inverse [rows]. u: the
+// upper triangle of the run, of row stride `ld`. table [CELLS]: the nearest levels.
+void aaac_round_to_steps(int64_t n, int64_t rows, const float *u, int64_t ld, const float *table, const float *step,
+                         const float *offset, const float *inverse, const float *w, int8_t *level, float *error) {
+#pragma omp parallel for schedule(dynamic, 8)
     for (int64_t row = 0; row < rows; row += LANES) {
         const int width = rows - row < LANES ? rows - row : LANES;
-        lanes x[MAX_BLOCK], left[MAX_BLOCK], one, shift, factor, value;
+        lanes x[MAX_GROUP], left[MAX_GROUP], one, shift, factor, value;
         load(w + row, rows, n, width, x);
+        load(step + row, rows, 1, width, &one);
+        load(offset + row, rows, 1, width, &shift);
+        load(inverse + row, rows, 1, width, &factor);
         for (int k = 0; k < n; k++) {
-            if (k % run == 0) {
-                load(step + k / run * rows + row, rows, 1, width, &one);
-                load(offset + k / run * rows + row, rows, 1, width, &shift);
-                load(inverse + k / run * rows + row, rows, 1, width, &factor);
-            }
+            const float root = 1 / u[k * ld + k];
             for (int i = 0; i < k; i++) {
                 const float s = u[i * ld + k];
                 EACH x[k][l] -= s * left[i][l];
             }
-            const float root = 1 / u[k * ld + k];
             EACH value[l] = table[cell((x[k][l] + shift[l]) * factor[l])];
             EACH left[k][l] = (x[k][l] - (value[l] * one[l] - shift[l])) * root;
             for (int l = 0; l < width; l++) level[k * rows + row + l] = (int8_t) value[l];

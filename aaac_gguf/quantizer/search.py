@@ -130,6 +130,10 @@ class TorchSearch:
             sums[1] += torch.bincount(key, a.reshape(-1).double(), 2 * N_LEVELS)
         return sums
 
+    def undecided(self, weight: Tensor, rows: Tensor, groups: Tensor) -> Columns:
+        """Return memory for the decisions on `weight` float32 [K, N]: on `rows` of the tensor, groups in that order."""
+        return Columns.undecided(weight, self.group_size)
+
     def feed_back(self, columns: Columns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
         """Decide the groups of a block of columns for the weights `w` [n, N], as earlier errors have moved them.
 
@@ -165,19 +169,19 @@ class TorchSearch:
 
     @staticmethod
     def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], table: Tensor, levels: Tensor) -> Tensor:
-        """Round a block of columns `w` [n, N] of a K-quant from left to right, with feedback inside the block.
+        """Round a run of columns `w` [n, N] from left to right, with feedback inside the run.
 
-        u: the factor of the block, upper triangular [n, n]. steps: step, offset and 1 / step, [n / run, N] each.
-        table: float32 [CELLS], the nearest level for each cell. levels: int8 [n, N], which is written. `w` may be
-        overwritten. Return the errors as `feed_back` does.
+        u: the factor of the run, upper triangular [n, n]. steps: step, offset and 1 / step, [N] each. table: float32
+        [CELLS], the nearest level for each cell. levels: int8 [n, N], which is written. `w` may be overwritten. Return
+        the errors as `feed_back` does.
         """
-        step, offset, inverse = (t.repeat_interleave(len(w) // len(t), 0) for t in steps)
+        step, offset, inverse = steps
         errors = torch.empty_like(w)
         for j, error in enumerate(errors):
-            cells = ((w[j] + offset[j]) * inverse[j] * CELLS_PER_UNIT + CELLS / 2).clamp_(0, CELLS - 1)
+            cells = ((w[j] + offset) * inverse * CELLS_PER_UNIT + CELLS / 2).clamp_(0, CELLS - 1)
             level = table[cells.long()]
             levels[j] = level
-            torch.sub(w[j], level * step[j] - offset[j], out=error).div_(u[j, j])
+            torch.sub(w[j], level * step - offset, out=error).div_(u[j, j])
             w[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
         return errors
 

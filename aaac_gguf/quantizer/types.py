@@ -24,10 +24,11 @@ from ..files import gguf as _  # noqa: F401  adds the AAAC types to the gguf lib
 from ..files.format import U8, AaacType, Codec
 from .backends import Backend
 from .codebook import fit, fit_paper
-from .feedback import feedback, feedback_on_steps
-from .grid import CELLS, Encoded, Grid
+from .feedback import feedback
+from .grid import Encoded, Grid
 from .kquants import KQUANTS, KQuant
 from .moments import Factor
+from .steps import StepSearch
 from .stock import STOCK_TYPES, StockType
 from .weighted import WeightedTensor
 
@@ -157,7 +158,7 @@ class StockQuantizer(_GridQuantizer):
 
 
 class KQuantizer:
-    """A K-quant of llama.cpp: scales are chosen first, and weights are rounded to their steps."""
+    """A type of llama.cpp with super-blocks, whose float16 numbers are chosen first."""
 
     methods: tuple[Method, ...] = ("aaac",)
 
@@ -176,11 +177,12 @@ class KQuantizer:
             weight = weight * unit
             steps = self.layout.steps(weight, error_weight.expand(weight.shape))
             if inputs:
-                table = self.layout.table.nearest_level[:CELLS].to(weight.device)
-                levels = feedback_on_steps(weight, inputs, steps, table, backend, outputs)
+                search = StepSearch(self.layout, steps.halves, backend)
+                encoded = feedback(weight, inputs, search, outputs)
+                indices, steps = encoded.indices, search.steps(encoded)
             else:
-                levels = self.layout.round_to(steps, weight)
-            return self.layout.packed(levels, steps), steps.weights(levels) / unit
+                indices = self.layout.round_to(steps, weight)
+            return self.layout.packed(indices, steps), self.layout.weights(indices, steps) / unit
 
         return round_rows
 

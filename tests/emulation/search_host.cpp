@@ -37,10 +37,10 @@ void aaac_sweep(int size, int blocks, int threads, const aaac_grid * grid, int n
     });
 }
 
-void aaac_feed_back_on_steps(int, int blocks, int threads, int n, int n_rows, const float * u, int ld, int run, const float * table, const float * step,
-                             const float * offset, const float * inverse, const float * w, int8_t * levels, float * error) {
+void aaac_round_to_steps(int, int blocks, int threads, int n, int n_rows, const float * u, int ld, const float * table, const float * step,
+                         const float * offset, const float * inverse, const float * w, int8_t * levels, float * error) {
     launch({blocks}, threads,
-           [&] { ::aaac_feed_back_on_steps(n, n_rows, u, ld, run, table, step, offset, inverse, w, levels, error); });
+           [&] { ::aaac_round_to_steps(n, n_rows, u, ld, table, step, offset, inverse, w, levels, error); });
 }
 
 } // extern "C"

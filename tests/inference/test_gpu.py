@@ -28,10 +28,10 @@ from aaac_gguf.files.gguf import read
 from aaac_gguf.inference import kernels
 from aaac_gguf.quantizer.backends import BACKENDS, choose_backend
 from aaac_gguf.quantizer.cuda import CudaSearch
-from aaac_gguf.quantizer.feedback import feedback, feedback_on_steps
-from aaac_gguf.quantizer.grid import CELLS
+from aaac_gguf.quantizer.feedback import feedback
 from aaac_gguf.quantizer.kquants import KQUANTS
 from aaac_gguf.quantizer.moments import factor
+from aaac_gguf.quantizer.steps import StepSearch
 from aaac_gguf.reporting import demo
 
 pytestmark = pytest.mark.gpu
@@ -170,8 +170,9 @@ def test_error_feedback_is_that_of_torch(cp, type, n_rows, k, between_rows):
     def run(backend):
         if type in KQUANTS:
             layout = KQUANTS[type]
-            steps, table = layout.steps(w, torch.ones_like(w)), layout.table.nearest_level[:CELLS].cuda()
-            return steps.weights(feedback_on_steps(w, inputs, steps, table, BACKENDS[backend], o))
+            steps = StepSearch(layout, layout.steps(w, torch.ones_like(w)).halves, BACKENDS[backend])
+            encoded = feedback(w, inputs, steps, o)
+            return layout.weights(encoded.indices, steps.steps(encoded))
         search = search_for(type, w, backend)
         return search.decode(feedback(w, inputs, search, o))
 

@@ -13,12 +13,13 @@ from search_samples import G16, G32, G128, K_TYPES, NEEDS_C, check_alike, moment
 from aaac_gguf.quantizer import cuda
 from aaac_gguf.quantizer.columns import BLOCK_COLUMNS
 from aaac_gguf.quantizer.cuda import CudaSearch, Launcher
-from aaac_gguf.quantizer.feedback import feedback, feedback_on_steps
-from aaac_gguf.quantizer.grid import CELLS, SCALE_STARTS
+from aaac_gguf.quantizer.feedback import feedback
+from aaac_gguf.quantizer.grid import SCALE_STARTS
 from aaac_gguf.quantizer.kquants import KQUANTS
 from aaac_gguf.quantizer.moments import factor
 from aaac_gguf.quantizer.native import NativeSearch
 from aaac_gguf.quantizer.search import TorchSearch
+from aaac_gguf.quantizer.steps import StepSearch
 
 KERNELS = ("aaac_feed_back", "aaac_sweep")
 
@@ -87,19 +88,26 @@ def test_feedback_is_that_of_torch_and_of_search_c(launched, type, n_rows, k, n_
 
 
 @NEEDS_C
-@pytest.mark.parametrize("n_tokens", [FULL, FEW])
-@pytest.mark.parametrize("between_rows", [False, True], ids=["columns", "columns and rows"])
+@pytest.mark.parametrize(
+    ("between_rows", "n_tokens"), [(False, FULL), (True, FEW)], ids=["columns", "columns and rows"]
+)
 @K_TYPES
-def test_feedback_on_steps_is_that_of_torch(launched, type, between_rows, n_tokens):
-    w, inputs = samples(7, 512), factor(moment(512, n_tokens))
+def test_steps_are_those_of_torch_and_of_search_c(launched, type, between_rows, n_tokens):
+    w, inputs = samples(3, 512), factor(moment(512, n_tokens))
     layout = KQUANTS[type]
-    steps, table = layout.steps(w, torch.ones_like(w)), layout.table.nearest_level[:CELLS]
-    o = torch.eye(7) + 0.3 if between_rows else None
-    found = feedback_on_steps(w, inputs, steps, table, CudaSearch, o)
-    assert launched == ["aaac_feed_back_on_steps"] * (4 * 7 if between_rows else 4)
+    halves = layout.steps(w, torch.ones_like(w)).halves
+    o = torch.eye(3) + 0.3 if between_rows else None
+
+    def decided(backend):
+        search = StepSearch(layout, halves, backend)
+        encoded = feedback(w, inputs, search, o)
+        return layout.weights(encoded.indices, search.steps(encoded))
+
+    found = decided(CudaSearch)
+    # Twice in feedback and once in the sweep, for each run of each block of rows.
+    assert launched == ["aaac_round_to_steps"] * (3 * 512 // layout.run * (3 if between_rows else 1))
     for backend in (TorchSearch, NativeSearch):
-        expected = feedback_on_steps(w, inputs, steps, table, backend, o)
-        check_alike(w, steps.weights(found), steps.weights(expected), inputs, o)
+        check_alike(w, found, decided(backend), inputs, o)
 
 
 def test_constants_are_those_of_search_cu(lib):

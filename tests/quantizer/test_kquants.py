@@ -7,12 +7,9 @@ import torch
 from gguf import GGMLQuantizationType as T
 from search_samples import K_TYPES
 
-from aaac_gguf.quantizer.feedback import feedback_on_steps
-from aaac_gguf.quantizer.grid import CELLS
 from aaac_gguf.quantizer.kquants import KQUANTS
-from aaac_gguf.quantizer.moments import factor, output_error
+from aaac_gguf.quantizer.moments import output_error
 from aaac_gguf.quantizer.quantize import quantize
-from aaac_gguf.quantizer.search import TorchSearch
 
 
 def decoded(type, weight: torch.Tensor) -> torch.Tensor:
@@ -63,7 +60,7 @@ def test_steps_say_what_is_decoded(type):
     weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(2))
     layout = KQUANTS[type]
     steps = layout.steps(weight, weight.square())
-    assert torch.equal(steps.weights(layout.round_to(steps, weight)), decoded(type, weight))
+    assert torch.equal(layout.weights(layout.round_to(steps, weight), steps), decoded(type, weight))
 
 
 @K_TYPES
@@ -88,11 +85,3 @@ def test_feedback_lowers_the_output_error(type):
     rounded, columns, between_rows = error(importance=h.diagonal()), error(hessian=h), error(hessian=h, outputs=o)
     assert columns < 0.7 * rounded
     assert between_rows < columns
-
-
-def test_without_correlation_feedback_is_rounding():
-    weight = torch.randn(40, 512, generator=torch.Generator().manual_seed(2))
-    layout = KQUANTS[T.Q6_K]
-    steps, table = layout.steps(weight, torch.ones_like(weight)), layout.table.nearest_level[:CELLS]
-    levels = feedback_on_steps(weight, factor(torch.eye(512)), steps, table, TorchSearch, torch.eye(40))
-    assert torch.equal(levels, layout.round_to(steps, weight))
