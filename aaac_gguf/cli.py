@@ -32,7 +32,7 @@ FLAGS = {
 }
 _OTHERS = (
     "imatrix type embedding_type bpw size method seed device split_max_size resume "
-    "text types backend arch plot comparison allow_requantize strict"
+    "text types backend arch plot comparison allow_requantize strict stock"
 )
 FLAGS |= {name: f"--{name.replace('_', '-')}" for name in _OTHERS.split()}
 
@@ -120,9 +120,10 @@ def _add_convert(verbs: Any) -> None:
          help="type of token_embd and output (default: that of the mixture; Q6_K for AAAC types)")  # fmt: skip
     flag("--tensor-type", action="append", default=[], metavar="REGEX=TYPE",
          help="type of the tensors whose name matches; may repeat, the last match wins")  # fmt: skip
-    flag("--bpw", type=_bits, metavar="BITS", help="mixed precision: the types from AAAC4_G128 to Q8_0 that, measured "
+    flag("--bpw", type=_bits, metavar="BITS", help="mixed precision: the types from Q2_K to Q8_0 that, measured "
          "matrix by matrix, keep the file within so many bits per weight")  # fmt: skip
     flag("--size", type=_size, metavar="SIZE", help="the same by bytes of the output: 900M, 4.2GiB")
+    flag("--stock", action="store_true", help="for --bpw and --size: only types that every llama.cpp runs")
     flag("--calib", metavar="TEXT", help="calibrate on a text file (.jsonl: a 'text' or 'messages' a line), "
          "on the program's own mixed text (bundled), on tokens sampled from the model (self), or not at all "
          "(none); default: bundled for a folder, none for a GGUF")  # fmt: skip
@@ -167,6 +168,7 @@ def _convert(args: argparse.Namespace) -> None:
         "device": args.device,
         "bpw": args.bpw,
         "size": args.size,
+        "stock": args.stock,
         "split_max_size": args.split_max_size,
         "allow_requantize": args.allow_requantize,
         "strict": args.strict,

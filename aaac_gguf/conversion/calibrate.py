@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..calibration.activations import Activations, Squares, importance
 from ..calibration.sequential import BlockMoments
 from ..calibration.synthetic import SyntheticMoments
@@ -38,6 +41,18 @@ class Calibration:
     @cached_property
     def _estimated(self) -> SyntheticMoments | None:
         return self.synthetic() if self.synthetic else None
+
+    def importance(self, name: str, weight: Tensor) -> Tensor | None:
+        """Return the importance of the inputs of a tensor: float32 [K] or, for `weight` [E, N, K], [E, K].
+
+        None if it is not known.
+        """
+        entry = self.imatrix.entries.get(name)
+        if entry is None:
+            return None
+        importance = torch.from_numpy(entry.importance()).to(weight.device)
+        # What is one matrix in the model, with one importance, may be cut into several here.
+        return importance.expand(len(weight), -1) if importance.dim() < weight.dim() - 1 else importance
 
     def estimated_moments(self, name: str) -> Moments | None:
         """Return synthetic moments of a tensor; None if there are none. Ask in the order of the decoder blocks."""

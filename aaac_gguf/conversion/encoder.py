@@ -105,11 +105,7 @@ def encode(
         target = moments.target(weight)
         result = quantize(target, plan.type, None, moments.inputs, moments.outputs, method=method, seed=settings.seed)
     else:
-        entry = calibration.imatrix.entries.get(plan.name)
-        # What is one matrix in the model, with one importance, may be cut into several here.
-        importance = torch.from_numpy(entry.importance()).to(weight.device) if entry else None
-        if importance is not None and importance.dim() < weight.dim() - 1:
-            importance = importance.expand(len(weight), -1)
+        importance = calibration.importance(plan.name, weight)
         result = quantize(weight, plan.type, importance, method=method, seed=settings.seed)
     record = Record(rounding, result.codec, result.relative_error, result.weighted_error, result.damping)
     return result.data, record

@@ -128,11 +128,6 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
         warn(f"{source}: left out, since llama.cpp knows no such tensors: {', '.join(unknown)}")
     is_calibrated = any(p.is_searched for p in plans)
     moments = settings.moments_kind(source) if is_calibrated else "none"
-    if settings.mixes and moments != "measured":
-        raise AaacError(
-            "`bpw` and `size`: choose types by measured second moments; set `calibration` to a text or to 'self', "
-            "with error feedback"
-        )
     if is_calibrated and settings.calibration_kind(source) in ("self", "text"):
         length = fitting_length(header, settings.sequence_length, "sequence_length")
         settings = replace(settings, sequence_length=length)

@@ -1,22 +1,25 @@
-"""Choose types by measurement: the least predicted KL divergence for a size of all tensors together.
+"""Choose types by measurement: the least predicted loss for a size of all tensors together.
 
-A tensor's part in the divergence is `tr(O (W - Q) H (W - Q)^T) / 2` (see `quantizer.moments`). It is measured by
-quantizing the tensor as each type.
+Every tensor is quantized as each type. With measured moments, its loss is its part in the KL divergence,
+`tr(O (W - Q) H (W - Q)^T) / 2` (see `quantizer.moments`). Without `O`, it is the relative error of its outputs, and
+tensors matter alike: measured parts do not grow with the size of a matrix.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, GGUFValueType
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
 from ..errors import AaacError
 from ..files import format as fmt
-from ..files.gguf import GgufFile, tensor_bytes
+from ..files.gguf import GgufFile, Value, tensor_bytes
 from ..models.weights import load_weight
 from ..progress import progress
 from ..quantizer.moments import Moments, output_error
@@ -24,12 +27,18 @@ from ..quantizer.quantize import quantize
 from ..quantizer.types import TENSOR_TYPES
 from .calibrate import Calibration
 from .job import Job
-from .plan import TensorPlan
+from .plan import ASKED_FOR, TensorPlan, bits_per_weight, plan_rounding
+from .recipes import EMBEDDINGS
+from .settings import Settings
+
+# The types to choose from. Of those with as many bits, the first that fits the rows counts. Other types cost more error
+# for their bytes than a mixture of these.
+_CANDIDATES = (*map(T, fmt.TYPES_BY_ID), T.Q2_K, T.Q3_K, T.IQ4_XS, T.Q4_K, T.IQ4_NL, T.Q5_K, T.Q6_K, T.Q8_0)
 
 
 @dataclass(frozen=True)
 class TypeOption:
-    """One type that a tensor can have: its bytes, and the KL divergence that it is predicted to cause."""
+    """One type that a tensor can have: its bytes, and the loss that it is predicted to cause."""
 
     type: T
     n_bytes: int
@@ -39,10 +48,10 @@ class TypeOption:
 def mix(job: Job, file: GgufFile, calibration: Calibration) -> Job:
     """Return the job with the best type for every matrix to which no setting gave one, within `bpw` or `size`.
 
-    Raises AaacError if even the smallest types are too large.
+    Embeddings and the output matrix keep theirs. Raises AaacError if even the smallest types are too large.
     """
-    measured, settings = calibration.measured, job.settings
-    free = [p for p in job.plans if p.type in fmt.TYPES_BY_ID and not p.reason]
+    settings = job.settings
+    free = [p for p in job.plans if p.is_searched and p.name not in EMBEDDINGS and not p.reason.startswith(ASKED_FOR)]
     n_weights = sum(p.n_weights for p in job.plans)
     fixed_bytes = sum(p.n_bytes for p in job.plans) - sum(p.n_bytes for p in free)
     if settings.bpw is not None:
@@ -51,52 +60,86 @@ def mix(job: Job, file: GgufFile, calibration: Calibration) -> Job:
         assert settings.size is not None
         # Each tensor may need some bytes up to its alignment. The header gets smaller if a tensor becomes a stock type.
         budget = settings.size - job.layout(file.path).n_bytes + sum(p.n_bytes for p in free)
-    options = {}
-    if free:
-        assert measured
-        options = measure(free, lambda name: load_weight(file, name, settings.device), measured.moments, settings.seed)
+    estimates = replace(calibration)  # synthetic moments are asked for once more when tensors are quantized
+
+    def moments_of(name: str) -> Moments | None:
+        measured = calibration.measured.moments(name) if calibration.measured else None
+        return measured or estimates.estimated_moments(name)
+
+    options = measure(
+        free,
+        lambda name: load_weight(file, name, settings.device),
+        moments_of,
+        calibration.importance,
+        settings,
+    )
     chosen = choose(options, budget)
     setting = "bpw" if settings.bpw is not None else "size"
     if chosen is None:
         least = fixed_bytes + sum(of_tensor[0].n_bytes for of_tensor in options.values())
         smallest = f"the smallest possible is {8 * least / n_weights:.3f} bits per weight"
         raise AaacError(f"`{setting}`: too little, {smallest}; raise it, or choose a smaller `embedding_type`")
+    loss = "KLD" if calibration.measured else "error"
     plans = tuple(
-        replace(p, type=chosen[p.name].type, reason=f"{setting}: KLD {chosen[p.name].loss:.2e}")
+        replace(
+            p,
+            type=chosen[p.name].type,
+            rounding=plan_rounding(p.name, p.source_type, chosen[p.name].type, job.moments),
+            reason=f"{setting}: {loss} {chosen[p.name].loss:.2e}",
+        )
         if p.name in chosen
         else p
         for p in job.plans
     )
-    return replace(job, plans=plans)
+    metadata = dict(job.metadata)
+    if free:  # the file is named after the type that most weights got
+        n_of_type: Counter[T] = Counter()
+        for p in free:
+            n_of_type[chosen[p.name].type] += p.n_weights
+        file_type = TENSOR_TYPES[n_of_type.most_common(1)[0][0]].file_type
+        metadata["general.file_type"] = Value(int(file_type), GGUFValueType.UINT32)
+    return replace(job, plans=plans, metadata=metadata)
+
+
+def candidates(n_per_row: int, stock: bool) -> list[T]:
+    """Return the types to choose from for such rows, smallest first. stock: only those that every llama.cpp runs."""
+    by_bits: dict[float, T] = {}
+    for ggml_type in _CANDIDATES:
+        if n_per_row % GGML_QUANT_SIZES[ggml_type][0] == 0 and not (stock and ggml_type in fmt.TYPES_BY_ID):
+            by_bits.setdefault(bits_per_weight(ggml_type), ggml_type)
+    return [by_bits[bits] for bits in sorted(by_bits)]
 
 
 def measure(
     plans: Sequence[TensorPlan],
     weight_of: Callable[[str], Tensor],
     moments_of: Callable[[str], Moments | None],
-    seed: int,
+    importance_of: Callable[[str, Tensor], Tensor | None],
+    settings: Settings,
 ) -> dict[str, list[TypeOption]]:
     """Return what every type that fits costs each matrix, smallest first, by quantizing its weights.
 
-    weight_of: float32 [N, K] or [E, N, K] by name. Experts, and matrices of too many outputs, are taken to matter as
-    much as an average weight: nothing is known of their gradients.
+    weight_of: float32 [N, K] or [E, N, K] by name. importance_of: of a matrix without moments, by name and weights.
+    A matrix of which the gradients are not known matters as much as the median of the others: experts, matrices of too
+    many outputs, and all of them under synthetic moments.
     """
-    ranked = [(t.candidate_rank, t.type) for t in TENSOR_TYPES.values() if t.candidate_rank is not None]
-    candidates = [ggml_type for _, ggml_type in sorted(ranked)]
     errors: dict[str, dict[T, float]] = {}
     stakes: dict[str, float] = {}  # the divergence at a relative error of 1, all of the matrix gone
     for plan in progress(plans, desc="measuring types", unit="tensor"):
         weight = weight_of(plan.name)
         seen = moments_of(plan.name)
         hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
-        fitting = [t for t in candidates if plan.shape[-1] % GGML_QUANT_SIZES[t][0] == 0]
-        errors[plan.name] = {t: quantize(weight, t, None, hessian, outputs, seed=seed).weighted_error for t in fitting}
+        importance = None if seen else importance_of(plan.name, weight)
+        errors[plan.name] = {
+            t: quantize(weight, t, importance, hessian, outputs, seed=settings.seed).weighted_error
+            for t in candidates(plan.shape[-1], settings.stock)
+        }
         if hessian is not None and outputs is not None:
             stakes[plan.name] = output_error(weight, hessian, outputs) / 2
-    average = sum(stakes.values()) / sum(p.n_weights for p in plans if p.name in stakes) if stakes else 1.0
+    typical = median(stakes.values()) if stakes else 1.0
     return {
         p.name: [
-            TypeOption(t, tensor_bytes(p.shape, t), error * stakes.get(p.name, average * p.n_weights))
+            TypeOption(t, tensor_bytes(p.shape, t), error * stakes.get(p.name, typical))
             for t, error in errors[p.name].items()
         ]
         for p in plans

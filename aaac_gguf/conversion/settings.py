@@ -11,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as T
 
 from ..errors import AaacError
+from ..files import format as fmt
 from ..quantizer.types import TENSOR_TYPES, Method
 from ..resources import CALIBRATION_TEXT
 from .recipes import Recipe, parse_recipe
@@ -37,6 +38,7 @@ class Settings:
     device           what torch calls the device of calibration and search
     bpw              mixed precision: bits per weight of all tensor data together, at most
     size             the same as bytes of all files together
+    stock            mixed precision from types that every llama.cpp runs
     split_max_size   bytes of tensor data in each file, at most; None for one file
     strict           make a calibration that does not reach enough of the weights an error
     allow_requantize quantize a GGUF again that is quantized to less than 8 bits, or to AAAC types
@@ -55,6 +57,7 @@ class Settings:
     device: str = "cpu"
     bpw: float | None = None
     size: int | None = None
+    stock: bool = False
     split_max_size: int | None = None
     allow_requantize: bool = False
     strict: bool = False
@@ -65,6 +68,10 @@ class Settings:
             raise AaacError("`calibration` and `imatrix`: give one of them")
         if self.bpw is not None and self.size is not None:
             raise AaacError("`bpw` and `size`: give one of them")
+        if self.stock and not self.mixes:
+            raise AaacError("`stock`: is for `bpw` and `size`; otherwise choose a `type` that every llama.cpp runs")
+        if self.mixes and parse_recipe(self.type).type not in fmt.TYPES_BY_ID:
+            raise AaacError(f"`type` {self.type}: `bpw` and `size` choose the types; leave it out, or set `stock`")
         if self.method not in ("aaac", "paper"):
             raise AaacError(f"`method` {self.method}: choose aaac or paper")
         for name in ("sequences", "sequence_length", "bpw", "size", "split_max_size"):
@@ -77,12 +84,12 @@ class Settings:
 
     @property
     def recipe(self) -> Recipe:
-        """Return what `type` means."""
-        return parse_recipe(self.type)
+        """Return what `type` means. With `stock`, no type that only the patched llama.cpp runs is left."""
+        return parse_recipe("Q4_K" if self.stock else self.type)
 
     @property
     def mixes(self) -> bool:
-        """Return whether types are chosen by measured sensitivity."""
+        """Return whether types are chosen for a size."""
         return self.bpw is not None or self.size is not None
 
     def check_device(self) -> None:

@@ -9,10 +9,11 @@ from gguf import GGMLQuantizationType as T
 from hypothesis import given
 from hypothesis import strategies as st
 
+import aaac_gguf as aaac
 from aaac_gguf import cli, resources
 from aaac_gguf.conversion.calibrate import Calibration
 from aaac_gguf.conversion.job import CalibrationInput, Job
-from aaac_gguf.conversion.mixed import TypeOption, choose, measure, mix
+from aaac_gguf.conversion.mixed import TypeOption, candidates, choose, measure, mix
 from aaac_gguf.conversion.plan import Rounding, TensorPlan, make_plan
 from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files.gguf import read
@@ -21,7 +22,7 @@ from aaac_gguf.quantizer.moments import Moments
 from aaac_gguf.quantizer.quantize import quantize
 
 # Smallest first.
-CANDIDATES = (T["AAAC4_G128"], T["AAAC4_G32"], T["AAAC4_G16"], T.Q5_K, T.Q6_K, T.Q8_0)
+CANDIDATES = (T.Q2_K, T.Q3_K, T["AAAC4_G128"], T["AAAC4_G32"], T["AAAC4_G16"], T.Q5_K, T.Q6_K, T.Q8_0)
 
 OPTIONS = st.lists(
     st.tuples(st.integers(1, 50), st.integers(0, 1000)), min_size=1, max_size=len(CANDIDATES), unique_by=lambda o: o[0]
@@ -95,7 +96,7 @@ def test_a_matrix_that_matters_costs_more():
     ]
     stakes = {"small": 1.0, "large": 10.0}
     moments = {name: Moments(torch.eye(256), stake * torch.eye(32)) for name, stake in stakes.items()}
-    choices = measure(plans, lambda _: weight, moments.get, seed=0)
+    choices = measure(plans, lambda _: weight, moments.get, lambda *_: None, Settings(bpw=4))
     for name, options in choices.items():
         assert [o.type for o in options] == list(CANDIDATES), name
         assert [o.n_bytes for o in options] == sorted(o.n_bytes for o in options)
@@ -110,6 +111,47 @@ def test_a_matrix_that_matters_costs_more():
     )
 
 
+@pytest.mark.parametrize(
+    ("n_per_row", "stock", "expected"),
+    [
+        (256, False, "Q2_K Q3_K AAAC4_G128 AAAC4_G32 AAAC4_G16 Q5_K Q6_K Q8_0"),
+        (256, True, "Q2_K Q3_K IQ4_XS Q4_K Q5_K Q6_K Q8_0"),
+        (192, False, "AAAC4_G32 AAAC4_G16 Q8_0"),
+        (96, True, "IQ4_NL Q8_0"),
+        (40, True, ""),
+    ],
+)
+def test_candidates_fit_the_rows(n_per_row, stock, expected):
+    assert [t.name for t in candidates(n_per_row, stock)] == expected.split()
+
+
+def test_without_gradients_the_relative_errors_of_outputs_count_alike():
+    """Synthetic moments: a matrix of a hundredfold outputs, or of four times as many, is not given more bits."""
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 256))).float()
+    weights = {"one": weight, "large": 10 * weight, "long": weight.repeat(4, 1)}
+    plans = [TensorPlan(name, tuple(w.shape), T.F32, T.Q4_K, Rounding.FEEDBACK, "") for name, w in weights.items()]
+    eye = Moments(torch.eye(256), None)
+    choices = measure(plans, weights.get, lambda _: eye, lambda *_: None, Settings(bpw=4, stock=True))
+    for one, large, long in zip(*choices.values(), strict=True):
+        assert large.loss == pytest.approx(one.loss, rel=0.02)
+        assert long.loss == pytest.approx(one.loss, rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [{"feedback": False}, {"stock": True}])
+def test_a_gguf_without_calibration_has_a_size_to_order(source, tmp_path, settings):
+    out = tmp_path / "out.gguf"
+    report = aaac.quantize(source, out, size=40_000, **settings)
+    assert 35_000 < report.n_bytes <= 40_000
+    file = read(out)
+    types = {name: t.tensor_type for name, t in file.tensors.items() if name.startswith("blk.0.") and t.shape.size > 1}
+    assert len(set(types.values())) > 1
+    assert bool(file.codecs) == (not settings.get("stock"))
+    assert T.Q8_0 in types.values()
+    searched = {t.plan.type for t in report.tensors}
+    assert searched
+    assert T.Q8_0 not in searched  # without measured moments, search gains nothing at 8 bits
+
+
 @pytest.mark.parametrize("asked", [(), (("attn_q", "AAAC4_G32"),)])
 def test_every_matrix_gets_a_type_but_those_that_have_one(source, asked):
     """A budget for the largest types: all that the budget is for have them."""
@@ -122,7 +164,9 @@ def test_every_matrix_gets_a_type_but_those_that_have_one(source, asked):
     job = Job(source, settings, "measured", CalibrationInput("text", {}), make_plan(file, settings, "measured"), {})
     mixed = mix(job, file, Calibration(Imatrix({}), Unmeasured()))
     before, after = ({p.name: p.type for p in j.plans} for j in (job, mixed))
-    free = {"blk.0.attn_q.weight", "blk.0.ffn_down.weight"} - {f"blk.0.{name}.weight" for name, _ in asked}
+    free = {"blk.0.attn_q.weight", "blk.0.ffn_down.weight", "blk.0.attn_k.weight"} - {
+        f"blk.0.{name}.weight" for name, _ in asked
+    }
     assert after == before | dict.fromkeys(free, T.Q8_0)
 
 
@@ -149,7 +193,11 @@ def test_convert_keeps_the_budget(llama_source, tmp_path, capsys):
     ("args", "message"),
     [
         (["--bpw", "5", "--size", "1G"], "--bpw and --size: give one of them"),
-        (["--bpw", "5"], "--bpw and --size: choose types by measured second moments"),
+        (["--stock"], "--stock: is for --bpw and --size"),
+        (
+            ["--bpw", "5", "--type", "Q4_K_M"],
+            "--type Q4_K_M: --bpw and --size choose the types",
+        ),
         (["--size", "5K"], "give a number of M, G, MiB or GiB"),
         (["--bpw", "99"], "is not a number of bits per weight"),
     ],
@@ -167,7 +215,7 @@ def test_refusals(source, tmp_path, capsys, args, message):
 @pytest.mark.llama
 def test_a_budget_that_is_too_small(llama_source, tmp_path, capsys):
     assert (
-        convert(resources.MODEL, tmp_path / "out.gguf", "--bpw", 4, "--calib-sequences", 1, "--calib-length", 32) == 2
+        convert(resources.MODEL, tmp_path / "out.gguf", "--bpw", 3, "--calib-sequences", 1, "--calib-length", 32) == 2
     )
     assert "the smallest possible is" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,6 @@ from gguf import GGMLQuantizationType as T
 from search_samples import K_TYPES, heavy_tailed
 
 from aaac_gguf.files.format import TYPES_BY_ID
-from aaac_gguf.files.gguf import tensor_bytes
 from aaac_gguf.quantizer.kquants import KQUANTS
 from aaac_gguf.quantizer.types import TENSOR_TYPES, round_to_nearest
 
@@ -25,15 +24,6 @@ def test_fallbacks_have_shorter_blocks(type):
     blocks = [GGML_QUANT_SIZES[t][0] for t in seen]
     assert blocks == sorted(set(blocks), reverse=True)
     assert blocks[-1] in (1, 32)
-
-
-def test_mixed_precision_chooses_from_ascending_sizes():
-    candidates = [entry for entry in TENSOR_TYPES.values() if entry.candidate_rank is not None]
-    candidates.sort(key=lambda entry: entry.candidate_rank)
-    assert [entry.candidate_rank for entry in candidates] == list(range(len(candidates)))
-    sizes = [tensor_bytes((1, 256), entry.type) for entry in candidates]
-    assert sizes == sorted(set(sizes))
-    assert all(entry.quantizer for entry in candidates)
 
 
 @EVERY_TYPE
