@@ -420,11 +420,11 @@ def main() -> None:
     start = time.monotonic()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, full_precision(args.model, Path(folder)) as file:
-        sequences, weights = tokens_module.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
+        sequences = tokens_module.with_random(tokens, len(checkpoint.load_tokenizer(args.model)), args.seed)
         activations = calibrate.Activations(Blocks(calibrated, tokens[:1]), sequences, len(tokens), Path(folder))
         activations.run(calibrate.Squares())
         names = [name for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
-        calibration = Calibration(model, activations, weights, file, names, Path(folder), args.seed)
+        calibration = Calibration(model, activations, file, names, Path(folder), args.seed)
         layers = {}
         for name in sorted(calibration.places.places, key=calibration.places.__getitem__):
             weight = load_weight(file, name, "cpu")

@@ -39,11 +39,11 @@ def moments(model: Any, file: GgufFile, names: list[str], tokens: Tensor, random
     random: with random sequences beside them, as in a conversion.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
-    sequences, weights = with_random(tokens, vocabulary) if random else (tokens, torch.ones(len(tokens)))
+    sequences = with_random(tokens, vocabulary) if random else tokens
     with tempfile.TemporaryDirectory() as folder:
         activations = Activations(Blocks(model, tokens[:1]), sequences, len(tokens), Path(folder))
         activations.run(Squares())
-        walk = BlockMoments(activations, weights, file, names, Path(folder), seed=1)
+        walk = BlockMoments(activations, file, names, Path(folder), seed=1)
         found = {name: walk.moments(name) for name in sorted(names, key=walk.places.__getitem__)}
     return {name: seen for name, seen in found.items() if seen and seen.outputs is not None}
 

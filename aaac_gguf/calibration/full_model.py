@@ -33,35 +33,25 @@ class FullModel:
     hidden     what every block gets in the full model, [blocks, n, T, d]
     gradients  of the loss with respect to the input of the last block that was run backward, [n, T, d]
     batches    the sequences that run together
-    weights    how much each sequence of a batch counts, by batch
     """
 
-    def __init__(
-        self,
-        activations: Activations,
-        wanted: Sequence[Collection[str]],
-        weights: Tensor,
-        folder: Path,
-        seed: int,
-    ):
+    def __init__(self, activations: Activations, wanted: Sequence[Collection[str]], folder: Path, seed: int):
         """Sum the products of gradients. The activations have been run; no weight of the model has been replaced.
 
         wanted: the parameters, by block, whose moments will be asked for.
-        weights: how much each sequence counts, float32 [n], equal for all text and for all others.
         folder: for the sums, half of float32 [N, N] a parameter.
         """
         self.activations, self.blocks, self.hidden = activations, activations.blocks, activations.hidden
         self.wanted, self.folder = wanted, folder
         self.batches = activations.batches(len(activations.sequences))
-        self.weights = [float(weights[batch.start]) for batch in self.batches]
         self.uniform = torch.rand(*activations.sequences.shape, 1, generator=torch.Generator().manual_seed(seed))
         self.gradients = torch.empty(self.hidden.shape[1:], dtype=self.hidden.dtype)
         last = len(self.blocks) - 1
         for i in progress(range(last, -1, -1), desc="measuring sensitivities", unit="block"):
             self.blocks.load(i)
             recorder = InputRecorder(self.blocks.parameters(i), wanted[i])
-            for batch, weight in zip(self.batches, self.weights, strict=True):
-                recorder.inputs, recorder.weight = {}, weight
+            for batch in self.batches:
+                recorder.inputs = {}
                 gradient = self._backward(i, batch, recorder)
                 if not gradient.isfinite().all():
                     raise AaacError(

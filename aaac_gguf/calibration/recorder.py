@@ -23,8 +23,7 @@ class InputRecorder(Products):
     """Keeps the inputs of parameters while a block runs, and sums g g^T of their output gradients g in a backward pass.
 
     inputs         of the sequences that run; the caller empties it before each batch
-    weight         of each of these sequences in `outputs`
-    outputs        float32 [N, N] by parameter: the weighted sum of g g^T
+    outputs        float32 [N, N] by parameter: the sum of g g^T
     same_input_as  by parameter, in the order of the products: the first parameter with the same inputs, which may be
                    itself. For Q, K and V it is Q. Only this first one is in `inputs`.
     """
@@ -35,7 +34,6 @@ class InputRecorder(Products):
         self.wanted, self.last = wanted, last
         self.dims = {name: p.dim() for name, p in parameters.items()}
         self.inputs: LayerInputs = {}
-        self.weight = 1.0
         self.outputs: dict[str, Tensor] = {}
         self.same_input_as: dict[str, str] = {}
         self._product: str | None = None  # the 2-D parameter of the product that runs
@@ -66,15 +64,15 @@ class InputRecorder(Products):
             raise StopForward(inputs)
 
     def _add_gradient(self, name: str, g: Tensor) -> None:
-        add_product(self.outputs, name, self.weight, g, g)
+        add_product(self.outputs, name, g, g)
 
 
 class InputSums:
-    """Weighted sums over tokens of x x^T, and of the drift (x_full - x) x^T, for the inputs x of one parameter.
+    """Sums over tokens of x x^T, and of the drift (x_full - x) x^T, for the inputs x of one parameter.
 
     squares  float32 [K, K] by expert (0 for a parameter without experts); an expert that no token reached is missing
     drift    float32 [K, K] under the key 0
-    counts   the sum of the tokens' weights, by expert
+    counts   the tokens, by expert
     """
 
     def __init__(self, parameter: Tensor):
@@ -82,18 +80,18 @@ class InputSums:
         self.has_experts = parameter.dim() == 3
         self.squares: dict[int, Tensor] = {}
         self.drift: dict[int, Tensor] = {}
-        self.counts = [0.0] * (len(parameter) if self.has_experts else 1)
+        self.counts = [0] * (len(parameter) if self.has_experts else 1)
 
-    def add(self, expert: int, weight: float, x: Tensor, full: Tensor | None = None) -> None:
+    def add(self, expert: int, x: Tensor, full: Tensor | None = None) -> None:
         """Add the inputs x [tokens, K] of an expert.
 
         full: the same tokens' inputs in the full model. With experts it is ignored: the router may have chosen other
         tokens there.
         """
-        add_product(self.squares, expert, weight, x, x)
-        self.counts[expert] += weight * len(x)
+        add_product(self.squares, expert, x, x)
+        self.counts[expert] += len(x)
         if full is not None and not self.has_experts:
-            add_product(self.drift, expert, weight, full - x, x)
+            add_product(self.drift, expert, full - x, x)
 
     def moments(self, n_tokens: int) -> Moments:
         """Return the means: moments without `outputs`. n_tokens: of all sequences."""
@@ -103,8 +101,8 @@ class InputSums:
         return Moments(inputs, None, self.drift[0] / self.counts[0] if self.drift else None, n_tokens)
 
 
-def add_product(sums: dict[Any, Tensor], key: Any, weight: float, a: Tensor, b: Tensor) -> None:
-    """Add weight * a^T b to the float32 sum under `key`, for a [n, K] and b [n, M] of any floating-point type.
+def add_product(sums: dict[Any, Tensor], key: Any, a: Tensor, b: Tensor) -> None:
+    """Add a^T b to the float32 sum under `key`, for a [n, K] and b [n, M] of any floating-point type.
 
     On a CPU a product of bfloat16 numbers is rounded to bfloat16, once per batch. This is 1e-3 of a sum in the end;
     damping adds 3e-2.
@@ -115,7 +113,7 @@ def add_product(sums: dict[Any, Tensor], key: Any, weight: float, a: Tensor, b: 
         product = a.T @ b if a is not b or a.is_cuda else _square(a)
     if key not in sums:
         sums[key] = torch.zeros(product.shape, device=product.device)
-    sums[key].add_(product, alpha=weight)
+    sums[key].add_(product)
 
 
 def _square(a: Tensor) -> Tensor:

@@ -32,24 +32,15 @@ class BlockMoments:
     drifting  whether any weight before the inputs that come next has been replaced
     """
 
-    def __init__(
-        self,
-        activations: Activations,
-        weights: Tensor,
-        file: GgufFile,
-        tensors: Sequence[str],
-        folder: Path,
-        seed: int,
-    ):
+    def __init__(self, activations: Activations, file: GgufFile, tensors: Sequence[str], folder: Path, seed: int):
         """Measure gradients and prepare the walk. The activations have been run; `tensors` will be quantized.
 
-        weights: how much each sequence counts, float32 [n], equal for all text and for all others.
         folder: for the sums of gradients.
         """
         self.activations, self.blocks = activations, activations.blocks
         self.places = TensorPlaces(self.blocks, file, tensors)
         wanted = [{self.places[name].parameter for name in self.tensors(i)} for i in range(len(self.blocks))]
-        self.full = FullModel(activations, wanted, weights, folder, seed)
+        self.full = FullModel(activations, wanted, folder, seed)
         self.hidden = activations.hidden[0, :]
         self.position = 0
         self.drifting = False
@@ -123,12 +114,12 @@ class BlockMoments:
         """
         sums = InputSums(self.blocks.parameters(i)[parameter])
         runs = self._quantized_inputs(i, parameter) if drifting else record.inputs
-        for batch, weight, run, full in zip(self.full.batches, self.full.weights, runs, record.inputs, strict=True):
+        for batch, run, full in zip(self.full.batches, runs, record.inputs, strict=True):
             for (name, expert), x in run.items():
                 if name == parameter:
                     # A module that only some tokens reach may get others in the full model.
                     same_tokens = len(x) == self.activations.sequences[batch].numel()
-                    sums.add(expert, weight, x, full[name, expert] if drifting and same_tokens else None)
+                    sums.add(expert, x, full[name, expert] if drifting and same_tokens else None)
         if not sums.squares:  # no token reaches the parameter any more
             return self._layer_moments(i, record, parameter, drifting=False)
         return sums.moments(self.activations.sequences.numel()), sum(sums.counts)

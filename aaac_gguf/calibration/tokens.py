@@ -19,9 +19,7 @@ from ..files.gguf import GgufFile
 from ..models.checkpoint import load_tokenizer
 from ..progress import progress
 
-# Random sequences per sequence of text, and what they weigh together, relative to the text.
-RANDOM_SHARE = 1 / 4
-RANDOM_WEIGHT = 1 / 4
+RANDOM_SHARE = 1 / 4  # random sequences per sequence of text
 
 # The beginnings of many pieces show more than all of a few. So many tokens of each give the least error on other text.
 PIECE_TOKENS = 128
@@ -47,21 +45,18 @@ def check_ids(tokens: Tensor, n_rows: int, text: Path) -> None:
         )
 
 
-def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def with_random(tokens: Tensor, vocab_size: int, seed: int = 0) -> Tensor:
     """Add sequences of uniformly drawn tokens to `tokens` int64 [n, T], RANDOM_SHARE as many.
 
-    Return all sequences, the random ones last, and the weight of each, float32. A random sequence starts with the first
-    token of a text's. Together the random sequences weigh RANDOM_WEIGHT of the text.
+    Return all sequences, the random ones last. A random sequence starts with the first token of a text's.
 
     A text shows few of the directions that activations can take, and quantization errors in the others would count as
-    free. Random tokens show the others. More random tokens change nothing.
+    free. Random tokens show the others.
     """
     n_random = math.ceil(RANDOM_SHARE * len(tokens))
     drawn = torch.randint(vocab_size, (n_random, tokens.shape[1]), generator=torch.Generator().manual_seed(seed))
     drawn[:, 0] = tokens[:n_random, 0]
-    weights = torch.ones(len(tokens) + n_random)
-    weights[len(tokens) :] = RANDOM_WEIGHT * len(tokens) / n_random
-    return torch.cat([tokens, drawn]), weights
+    return torch.cat([tokens, drawn])
 
 
 def text_tokens(source: Path, text: Path, n_sequences: int, sequence_length: int) -> tuple[Tensor, str]:

@@ -87,10 +87,10 @@ def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
     if job.moments != "measured":
         return done(importance(model, tokens, file.architecture, file.tensors, dataset))
     n_vocab = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)
-    sequences, weights = with_random(tokens, n_vocab, settings.seed)
+    sequences = with_random(tokens, n_vocab, settings.seed)
     activations = Activations(Blocks(model, tokens[:1]), sequences, len(tokens), folder)
     squares = Squares()
     activations.run(squares)
     imatrix = squares.imatrix(model, tokens, file.architecture, file.tensors, dataset)
     calibration = done(imatrix)
-    return replace(calibration, measured=BlockMoments(activations, weights, file, job.searched, folder, settings.seed))
+    return replace(calibration, measured=BlockMoments(activations, file, job.searched, folder, settings.seed))

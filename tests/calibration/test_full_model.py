@@ -21,12 +21,12 @@ def model():
     return checkpoint.load_model(resources.MODEL)
 
 
-def full_model(model, folder, tokens, n_text=None, weights=None, seed=0) -> FullModel:
+def full_model(model, folder, tokens, n_text=None, seed=0) -> FullModel:
     blocks = Blocks(model, tokens[:1])
     activations = Activations(blocks, tokens, len(tokens) if n_text is None else n_text, folder)
     activations.run(Squares())
     wanted = [[DOWN] if i == 1 else [] for i in range(len(blocks))]
-    return FullModel(activations, wanted, torch.ones(len(tokens)) if weights is None else weights, folder, seed)
+    return FullModel(activations, wanted, folder, seed)
 
 
 def test_gradients_are_those_of_the_whole_model(model, tmp_path):
@@ -52,12 +52,11 @@ def test_gradients_are_those_of_the_whole_model(model, tmp_path):
 
 
 def test_a_record_has_the_inputs_of_every_batch(model, tmp_path, monkeypatch):
-    """Text and other sequences run apart, and weigh what they are given."""
+    """Text and other sequences run apart."""
     monkeypatch.setattr("aaac_gguf.calibration.activations.BATCH_TOKENS", 32)
     tokens = random_tokens(5)
-    full = full_model(model, tmp_path, tokens, n_text=3, weights=torch.tensor([1.0, 1.0, 1.0, 1.5, 1.5]))
+    full = full_model(model, tmp_path, tokens, n_text=3)
     assert full.batches == [slice(0, 2), slice(2, 3), slice(3, 5)]
-    assert full.weights == [1.0, 1.0, 1.5]
     seen = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():

@@ -47,14 +47,12 @@ def block_moments(
     file: GgufFile,
     folder: Path,
     tokens: torch.Tensor,
-    weights: torch.Tensor | None = None,
     seed: int = 0,
     names: Sequence[str] = NAMES,
 ) -> BlockMoments:
-    n_text = len(tokens) if weights is None else int((weights == 1).sum())
-    activations = Activations(Blocks(model, tokens[:1]), tokens, n_text, folder)
+    activations = Activations(Blocks(model, tokens[:1]), tokens, len(tokens), folder)
     activations.run(Squares())
-    return BlockMoments(activations, torch.ones(len(tokens)) if weights is None else weights, file, names, folder, seed)
+    return BlockMoments(activations, file, names, folder, seed)
 
 
 def test_moments_are_those_of_inputs_and_gradients(model, demo_full, tmp_path):
@@ -190,15 +188,6 @@ def test_too_many_outputs_are_left_out(model, demo_full, tmp_path, monkeypatch):
     moments = block_moments(model, demo_full, tmp_path, random_tokens())
     assert moments.moments(DOWN.replace("down", "up")).outputs is None
     assert moments.moments(DOWN).outputs.shape == (256, 256)
-
-
-def test_weights_count_as_repetitions(model, demo_full, tmp_path):
-    tokens = random_tokens()
-    weighted = block_moments(model, demo_full, tmp_path, tokens, torch.tensor([1.0, 3.0, 3.0])).moments(DOWN)
-    plain = block_moments(model, demo_full, tmp_path, torch.cat([tokens, tokens[1:], tokens[1:]])).moments(DOWN)
-    torch.testing.assert_close(weighted.inputs, plain.inputs)
-    # The tokens drawn for the gradients differ.
-    assert float(weighted.outputs.trace() / plain.outputs.trace()) == pytest.approx(1, abs=0.2)
 
 
 def test_experts_each_have_their_inputs(demo_full, tmp_path, monkeypatch):
