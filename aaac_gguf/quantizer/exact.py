@@ -39,8 +39,6 @@ _TELLING_GROUPS = 64
 # Beyond this level the largest weight, rounded to bfloat16, tells the scale too roughly to tell levels apart.
 _ROUGH_TOP = 32
 
-_Q5_0_LEVELS = tuple(range(-16, 16))
-
 
 @dataclass(frozen=True, eq=False)
 class Exact:
@@ -93,7 +91,7 @@ def _in_chunks(
 def _encode_stock(rows: Tensor, dtype: torch.dtype, type: T) -> U8 | None:
     if type == T.MXFP4:  # its scales are powers of two, so the largest weight of a group tells the scale
         return np.asarray(gguf.quantize(rows.numpy(), type))
-    levels = _Q5_0_LEVELS if type == T.Q5_0 else STOCK_TYPES[type].levels
+    levels = STOCK_TYPES[type].levels
     tops = sorted({abs(level) for level in levels} - {0}, reverse=type != T.Q8_0)
     signed = [float(sign * top) for top in tops for sign in (1, -1)] if levels[0] != -levels[-1] else tops
     fitted = _fit(rows.double().reshape(-1, 32), dtype, levels, signed, lambda scale: scale.half().double())
@@ -101,18 +99,7 @@ def _encode_stock(rows: Tensor, dtype: torch.dtype, type: T) -> U8 | None:
         return None
     codes = fitted.scales.half().view(torch.int16).int().reshape(len(rows), -1) & 0xFFFF
     indices = fitted.indices.reshape(len(rows), -1)
-    if type == T.Q5_0:
-        return _pack_q5_0(codes.numpy(), indices.numpy())
     return STOCK_TYPES[type].pack(Encoded(indices, indices.new_empty(0), codes))
-
-
-def _pack_q5_0(codes: U8, indices: U8) -> U8:
-    """Return blocks of a float16 scale, the fifth bits of 32 weights, and the others: weight j low, j + 16 high."""
-    blocks = indices.reshape(*codes.shape, 32)
-    scales = codes.astype("<u2")[..., None].view(np.uint8)
-    fifth = np.packbits(blocks >> 4, axis=-1, bitorder="little")
-    nibbles = (blocks[..., :16] & 15) | (blocks[..., 16:] & 15) << 4
-    return np.concatenate([scales, fifth, nibbles], axis=-1).reshape(len(codes), -1)
 
 
 def _encode_aaac(rows: Tensor, dtype: torch.dtype, layout: AaacType) -> Exact | None:

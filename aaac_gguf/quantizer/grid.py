@@ -49,20 +49,24 @@ class Grid:
     scales         float32 [n_scale_codes], S(i), with S(0) = 0
     nearest_index  uint8 [2 * CELLS], the index of the nearest level for each codebook and cell
     nearest_level  float32 [2 * CELLS], the value of this level
+    starts         float32 [n], the scales that are tried first, for a group whose largest weight is 1;
+                   None for those of `scale_starts`
     """
 
     levels: Tensor
     scales: Tensor
     nearest_index: Tensor
     nearest_level: Tensor
+    starts: Tensor | None = None
 
     @staticmethod
-    def from_levels(levels: Tensor, scales: Tensor) -> Grid:
+    def from_levels(levels: Tensor, scales: Tensor, starts: Tensor | None = None) -> Grid:
         """Return the tables for levels float32 [2, 16] within [-127, 127] and scales float32 [n_scale_codes]."""
         centres = (torch.arange(CELLS, device=levels.device) + 0.5) / CELLS_PER_UNIT - 128
         boundaries = (levels[:, 1:] + levels[:, :-1]) / 2
         nearest = torch.stack([torch.bucketize(centres, b) for b in boundaries])
-        return Grid(levels, scales, nearest.to(torch.uint8).reshape(-1), levels.gather(1, nearest).reshape(-1))
+        tables = nearest.to(torch.uint8).reshape(-1), levels.gather(1, nearest).reshape(-1)
+        return Grid(levels, scales, *tables, starts)
 
     @staticmethod
     def from_codec(codec: Codec, layout: AaacType, device: torch.device | str, unit: float = 1.0) -> Grid:

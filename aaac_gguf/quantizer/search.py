@@ -60,7 +60,7 @@ class TorchSearch:
 
     def __init__(self, grid: Grid, group_size: int):
         self.grid, self.group_size = grid, group_size
-        self.starts = scale_starts(group_size, grid.levels.device)
+        self.starts = scale_starts(group_size, grid.levels.device) if grid.starts is None else grid.starts
 
     def search(
         self, weight: Tensor, error_weight: Tensor, n_starts: int | None = None

@@ -195,7 +195,6 @@ class TensorType:
     file_type       general.file_type of a file of mostly this type, which llama.cpp prints as the type of the model
     quantizer       rounds by search; None if the type is only rounded to nearest
     fallback        the type for a tensor whose rows are not whole blocks of this one; None for that of the source
-    candidate_rank  the place among the types that mixed precision chooses from, smallest first; None if it is not one
     by_importance   whether search under importance alone is better than rounding to nearest
     largest         the largest magnitude that it can hold
     """
@@ -204,7 +203,6 @@ class TensorType:
     file_type: int
     quantizer: Quantizer | None = None
     fallback: T | None = None
-    candidate_rank: int | None = None
     by_importance: bool = False
     largest: float = math.inf
 
@@ -212,6 +210,13 @@ class TensorType:
 _F16_LARGEST = float(np.finfo(np.float16).max)  # of the scale of a block, and so it bounds the weights
 
 _G16, _G32, _G128 = T["AAAC4_G16"], T["AAAC4_G32"], T["AAAC4_G128"]
+
+
+def _stock(type: T, file_type: int, fallback: T | None = None, by_importance: bool = False) -> TensorType:
+    """Return the row of a type with one scale for each group."""
+    layout = STOCK_TYPES[type]
+    largest = layout.levels[-1] * float(layout.scales()[-1])
+    return TensorType(type, file_type, StockQuantizer(layout), fallback, by_importance=by_importance, largest=largest)
 
 
 def _k_quant(type: T, file_type: int, fallback: T, **more: Any) -> TensorType:
@@ -224,7 +229,6 @@ def _k_quant(type: T, file_type: int, fallback: T, **more: Any) -> TensorType:
 # In the order in which types are listed.
 # The file type of an AAAC type is its id, as in the patch's llama_ftype.
 # A fallback has shorter blocks, and about as many bits if there is such a type.
-# Types between the candidates cost more error for their bytes than a mixture of these.
 # From 5 bits up, importance alone changes next to nothing. For Q4_0, rounding to nearest may choose the sign of a
 # scale, which the search does not.
 TENSOR_TYPES: dict[T, TensorType] = {
@@ -233,26 +237,21 @@ TENSOR_TYPES: dict[T, TensorType] = {
         TensorType(T.F32, LlamaFileType.ALL_F32),
         TensorType(T.F16, LlamaFileType.MOSTLY_F16, largest=_F16_LARGEST),
         TensorType(T.BF16, LlamaFileType.MOSTLY_BF16, largest=float(torch.finfo(torch.bfloat16).max)),
-        TensorType(
-            T.Q8_0, LlamaFileType.MOSTLY_Q8_0, StockQuantizer(STOCK_TYPES[T.Q8_0]), None, 5, largest=127 * _F16_LARGEST
-        ),
-        _k_quant(T.Q6_K, LlamaFileType.MOSTLY_Q6_K, T.Q8_0, candidate_rank=4),
-        _k_quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S, T.Q8_0, candidate_rank=3),
-        _k_quant(T.Q4_K, LlamaFileType.MOSTLY_Q4_K_S, T.IQ4_NL, by_importance=True),
+        _stock(T.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+        _k_quant(T.Q6_K, LlamaFileType.MOSTLY_Q6_K, T.Q8_0),
+        _k_quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S, T.Q8_0),
+        _k_quant(T.Q4_K, LlamaFileType.MOSTLY_Q4_K_S, T.Q5_0, by_importance=True),
         _k_quant(T.IQ4_XS, LlamaFileType.MOSTLY_IQ4_XS, T.IQ4_NL, by_importance=True),
         _k_quant(T.Q3_K, LlamaFileType.MOSTLY_Q3_K_S, T.IQ4_NL, by_importance=True),
         _k_quant(T.Q2_K, LlamaFileType.MOSTLY_Q2_K_S, T.IQ4_NL, by_importance=True),
-        TensorType(T.Q4_0, LlamaFileType.MOSTLY_Q4_0, StockQuantizer(STOCK_TYPES[T.Q4_0]), largest=7 * _F16_LARGEST),
-        TensorType(
-            T.IQ4_NL,
-            LlamaFileType.MOSTLY_IQ4_NL,
-            StockQuantizer(STOCK_TYPES[T.IQ4_NL]),
-            by_importance=True,
-            largest=113 * _F16_LARGEST,
-        ),
-        TensorType(_G16, fmt.G16.type_id, AaacQuantizer(fmt.G16), T.IQ4_NL, 2, True),
-        TensorType(_G32, fmt.G32.type_id, AaacQuantizer(fmt.G32), T.IQ4_NL, 1, True),
-        TensorType(_G128, fmt.G128.type_id, AaacQuantizer(fmt.G128), _G32, 0, True),
+        _stock(T.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+        _stock(T.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+        _stock(T.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL, by_importance=True),
+        _stock(T.MXFP4, LlamaFileType.MOSTLY_MXFP4_MOE, by_importance=True),
+        _stock(T.NVFP4, LlamaFileType.MOSTLY_NVFP4, T.MXFP4, by_importance=True),
+        TensorType(_G16, fmt.G16.type_id, AaacQuantizer(fmt.G16), T.IQ4_NL, True),
+        TensorType(_G32, fmt.G32.type_id, AaacQuantizer(fmt.G32), T.IQ4_NL, True),
+        TensorType(_G128, fmt.G128.type_id, AaacQuantizer(fmt.G128), _G32, True),
     )
 }
 

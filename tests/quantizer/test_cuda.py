@@ -72,6 +72,8 @@ FULL, FEW = 2000, 40  # tokens: H of full rank, and H that only damping makes de
         (G128, 3, 256, FEW, True),
         (T.IQ4_NL, 6, 96, FULL, False),
         (T.Q8_0, 3, 160, FEW, False),
+        (T.MXFP4, 6, 96, FULL, False),
+        (T.NVFP4, 3, 128, FEW, False),
     ],
 )
 def test_feedback_is_that_of_torch_and_of_search_c(launched, type, n_rows, k, n_tokens, between_rows):

@@ -68,9 +68,11 @@ def test_feedback_is_that_of_torch(type, n_rows, between_rows):
     searches = both(type, w)
     for sweeps in (0, 1):
         found, expected = (feedback(w, factor(h), search, o, sweeps) for search in searches)
-        # One tie decided otherwise moves all later weights.
-        assert same(found.indices, expected.indices) > 0.85
-        errors = [output_error(w - searches[0].decode(e), h, o) for e in (found, expected)]
+        # One tie decided otherwise moves all later weights. Two scales may give the same weights (MXFP4, NVFP4).
+        indices = same(found.indices, expected.indices)
+        found, expected = (searches[0].decode(encoded) for encoded in (found, expected))
+        assert max(indices, same(found, expected)) > 0.6
+        errors = [output_error(w - q, h, o) for q in (found, expected)]
         assert errors[0] == pytest.approx(errors[1], rel=0.03)
 
 

@@ -5,9 +5,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as T
 
+from aaac_gguf.quantizer.grid import Encoded
 from aaac_gguf.quantizer.quantize import quantize
+from aaac_gguf.quantizer.search import TorchSearch
 from aaac_gguf.quantizer.stock import STOCK_TYPES
 
+# What normally distributed weights lose.
+LIMITS = {"Q4_0": 0.0085, "Q5_0": 0.002, "IQ4_NL": 0.007, "Q8_0": 3e-5, "MXFP4": 0.016, "NVFP4": 0.011}
 STOCK = pytest.mark.parametrize("type", STOCK_TYPES, ids=lambda t: t.name)
 
 
@@ -26,7 +30,33 @@ def test_the_file_decodes_to_what_was_searched(weight, type):
     assert result.codec is None
     error = float((decoded(result, type) - weight).square().sum() / weight.square().sum())
     assert error == pytest.approx(result.relative_error, rel=1e-3)
-    assert error < {"Q4_0": 0.0085, "IQ4_NL": 0.007, "Q8_0": 3e-5}[type.name]
+    assert error < LIMITS[type.name]
+
+
+@pytest.mark.parametrize("type", [T.MXFP4, T.NVFP4], ids=lambda t: t.name)
+def test_scales_are_those_of_the_gguf_library(type):
+    """One level times every scale, with a group of zeros among them."""
+    layout = STOCK_TYPES[type]
+    scales = layout.scales()
+    top = layout.levels[-1]
+    codes = torch.arange(len(scales)).view(1, -1)[:, : len(scales) // 4 * 4].int()
+    indices = torch.full((1, codes.numel() * layout.group_size), layout.levels.index(top), dtype=torch.uint8)
+    blocks = layout.pack(Encoded(indices, indices.new_empty(0), codes))
+    values = torch.from_numpy(gguf.dequantize(blocks, type)).view(-1, layout.group_size)
+    assert torch.equal(values, (scales[: codes.numel()] * top)[:, None].expand_as(values))
+    assert not values[0].any()
+    assert (scales.diff() > 0).all()
+
+
+def test_the_best_power_of_two_is_found(weight):
+    layout = STOCK_TYPES[T.MXFP4]
+    search = TorchSearch(layout.grid("cpu", 1.0), layout.group_size)
+    codes, _, errors = search.search(weight, torch.ones_like(weight))
+    groups, levels = weight.view(-1, 32), torch.tensor(layout.levels).float()
+    for near in (-2, -1, 1, 2):
+        scale = layout.scales()[codes + near][:, None]
+        rounded = levels[(groups[..., None] / scale[..., None] - levels).abs().argmin(-1)] * scale
+        assert (errors <= (rounded - groups).square().sum(1) * 1.001).all()
 
 
 @pytest.mark.parametrize("type", [T.IQ4_NL, T.Q8_0], ids=lambda t: t.name)

@@ -52,15 +52,10 @@ def test_k_quants_round_to_nearest_as_the_gguf_library_decodes(type):
     assert difference.square().sum() < 5 * 4**-bits * weight.square().sum()
 
 
-def test_types_without_rounding_to_nearest_are_searched_under_importance():
-    """Types that the gguf library cannot encode are searched under importance too, if they have less than 5 bits."""
+def test_types_of_less_than_five_bits_are_searched_under_importance():
+    """Q4_0 is not: rounding to nearest may choose the sign of a scale. What cannot be rounded to nearest is."""
     for type, entry in TENSOR_TYPES.items():
-        if type in KQUANTS:
-            assert entry.by_importance == (GGML_QUANT_SIZES[type][1] < 5 * 256 / 8), type.name
-            continue
-        try:
+        n_weights, n_bytes = GGML_QUANT_SIZES[type]
+        assert entry.by_importance == (8 * n_bytes < 5 * n_weights and type != T.Q4_0), type.name
+        if type not in KQUANTS and not entry.by_importance:
             round_to_nearest(torch.ones(1, 256), type)
-        except NotImplementedError:
-            assert entry.by_importance, type.name
-        else:
-            assert not entry.by_importance, type.name
