@@ -1,8 +1,9 @@
 """Choose types by measurement: the least predicted loss for a size of all tensors together.
 
 Every tensor is quantized as each type. With measured moments, its loss is its part in the KL divergence,
-`tr(O (W - Q) H (W - Q)^T) / 2` (see `quantizer.moments`). Without `O`, it is the relative error of its outputs, and
-tensors matter alike: measured parts do not grow with the size of a matrix.
+`tr(O (W - Q) H (W - Q)^T) / 2` (see `quantizer.moments`). Without `O`, it is the relative error of its weights, and all
+tensors matter alike: measured parts do not grow with the size of a matrix. The relative error of its outputs would be
+worse: where a few channels make up most of the outputs, it is small, and the divergence is not.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .settings import Settings
 
 # The types to choose from. Of those with as many bits, the first that fits the rows counts. Other types cost more error
 # for their bytes than a mixture of these.
-_CANDIDATES = (*map(T, fmt.TYPES_BY_ID), T.Q2_K, T.Q3_K, T.IQ4_XS, T.Q4_K, T.IQ4_NL, T.Q5_K, T.Q6_K, T.Q8_0)
+_CANDIDATES = (*map(T, fmt.TYPES_BY_ID), T.Q2_K, T.Q3_K, T.IQ4_XS, T.Q4_K, T.IQ4_NL, T.Q5_K, T.Q5_0, T.Q6_K, T.Q8_0)
 
 
 @dataclass(frozen=True)
@@ -120,26 +121,29 @@ def measure(
     """Return what every type that fits costs each matrix, smallest first, by quantizing its weights.
 
     weight_of: float32 [N, K] or [E, N, K] by name. importance_of: of a matrix without moments, by name and weights.
-    A matrix of which the gradients are not known matters as much as the median of the others: experts, matrices of too
-    many outputs, and all of them under synthetic moments.
+    Where gradients are not known, the relative error of the weights counts, times the median of the loss that it means
+    in the other matrices: for experts, matrices of too many outputs, and all matrices under synthetic moments.
     """
-    errors: dict[str, dict[T, float]] = {}
-    stakes: dict[str, float] = {}  # the divergence at a relative error of 1, all of the matrix gone
+    errors: dict[str, dict[T, float]] = {}  # relative, of the weights
+    losses: dict[str, dict[T, float]] = {}
     for plan in progress(plans, desc="measuring types", unit="tensor"):
         weight = weight_of(plan.name)
         seen = moments_of(plan.name)
         hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
         importance = None if seen else importance_of(plan.name, weight)
-        errors[plan.name] = {
-            t: quantize(weight, t, importance, hessian, outputs, seed=settings.seed).weighted_error
-            for t in candidates(plan.shape[-1], settings.stock)
-        }
-        if hessian is not None and outputs is not None:
-            stakes[plan.name] = output_error(weight, hessian, outputs) / 2
-    typical = median(stakes.values()) if stakes else 1.0
+        # The divergence at a relative error of 1, all of the matrix gone.
+        stake = None if hessian is None or outputs is None else output_error(weight, hessian, outputs) / 2
+        errors[plan.name] = {}
+        for ggml_type in candidates(plan.shape[-1], settings.stock):
+            result = quantize(weight, ggml_type, importance, hessian, outputs, seed=settings.seed)
+            errors[plan.name][ggml_type] = result.relative_error
+            if stake is not None:
+                losses.setdefault(plan.name, {})[ggml_type] = result.weighted_error * stake
+    per_error = [loss / errors[name][t] for name in losses for t, loss in losses[name].items() if errors[name][t]]
+    typical = median(per_error) if per_error else 1.0
     return {
         p.name: [
-            TypeOption(t, tensor_bytes(p.shape, t), error * stakes.get(p.name, typical))
+            TypeOption(t, tensor_bytes(p.shape, t), losses[p.name][t] if p.name in losses else typical * error)
             for t, error in errors[p.name].items()
         ]
         for p in plans

@@ -203,6 +203,7 @@ _IQ4 = {
 _FALLBACKS = {
     T.Q2_K: T.Q4_0,
     T.Q3_K: T.Q4_0,
+    T.Q4_K: T.Q5_0,
     T.Q6_K: T.Q8_0,
     T.IQ4_XS: T.IQ4_NL,
 }
@@ -257,6 +258,7 @@ MIXTURES = {
     "Q5_K_M": Recipe(_F.MOSTLY_Q5_K_M, T.Q5_K, value=(_rule(T.Q6_K, _more_bits),), down=(_rule(T.Q6_K, _more_bits),)),
     "Q6_K": Recipe(_F.MOSTLY_Q6_K, T.Q6_K),
     "Q8_0": Recipe(_F.MOSTLY_Q8_0, T.Q8_0),
+    "MXFP4_MOE": Recipe(_F.MOSTLY_MXFP4_MOE, T.Q8_0, experts=T.MXFP4),
 }
 
 
