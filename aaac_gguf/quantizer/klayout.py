@@ -1,7 +1,7 @@
-"""The bytes of llama.cpp's types with super-blocks of 256 weights.
+"""The bytes of llama.cpp's types with super-blocks of 256 weights, or with blocks of 32 and an offset.
 
-Each function packs indices of levels uint8 [B, 256], codes uint8 [B, 256 / run, 1 or 2] of scales and offsets, and the
-bytes of the float16 numbers [B, 2 or 4] that these are multiplied by, into blocks uint8 [B, bytes].
+Each function packs indices of levels uint8 [B, 256 or 32], codes uint8 [B, 256 / run, 1 or 2] of scales and offsets,
+and the bytes of the float16 numbers [B, 2 or 4] that these are multiplied by, into blocks uint8 [B, bytes].
 """
 
 from __future__ import annotations
@@ -62,3 +62,17 @@ def iq4_xs(indices: Tensor, codes: Tensor, halves: Tensor) -> Tensor:
     high = _bits((six >> 4).view(-1, 2, 4).transpose(1, 2), 2)
     low = _bits((six & 15).view(-1, 4, 2).transpose(1, 2), 4)
     return torch.cat([halves, high, low, _nibbles(indices, 16)], 1)
+
+
+def _with_minimum(halves: Tensor) -> Tensor:
+    """Return the bytes of a scale and of an offset with the offset negated."""
+    return halves ^ torch.tensor([0, 0, 0, 0x80], dtype=torch.uint8, device=halves.device)
+
+
+def q4_1(indices: Tensor, codes: Tensor, halves: Tensor) -> Tensor:
+    return torch.cat([_with_minimum(halves), _nibbles(indices, 16)], 1)
+
+
+def q5_1(indices: Tensor, codes: Tensor, halves: Tensor) -> Tensor:
+    fifth = _bits((indices >> 4).view(-1, 4, 8).transpose(1, 2), 1)
+    return torch.cat([_with_minimum(halves), fifth, _nibbles(indices, 16)], 1)

@@ -1,4 +1,4 @@
-"""llama.cpp's types with super-blocks of 256 weights: K-quants and IQ4_XS. The gguf library only decodes them.
+"""llama.cpp's types with super-blocks of 256 weights, K-quants and IQ4_XS, and types with a float16 offset.
 
 The float16 numbers of the super-blocks are chosen first, from the weights as they are, with codes that suit them.
 Levels follow by rounding to nearest, or codes and levels together by error feedback (`steps.StepSearch`).
@@ -19,7 +19,6 @@ from ..files.format import U8
 from . import klayout
 from .grid import Grid
 
-QK_K = 256  # weights per super-block
 _CHUNK = 1 << 22  # weights at a time
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -28,23 +27,26 @@ _TINY = torch.finfo(torch.float32).tiny
 class Steps:
     """The scales of some rows. A weight is `step * level - offset`.
 
-    halves  float16 [N, K / 256, P]: d, and with P = 2 dmin too
+    halves  float16 [N, K / block, P]: d, and with P = 2 dmin too
     codes   int16 [N, K / run, P]: what d and dmin are multiplied by
+    folded  whether the file has the products as float16 numbers, and neither halves nor codes
     """
 
     halves: Tensor
     codes: Tensor
+    folded: bool = False
 
     def products(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return step, offset and 1 / step of every run, as `products` does, float32 [N, K / run, 1] each."""
         n_runs = self.codes.shape[1] // self.halves.shape[1]
-        step, offset, inverse = products(self.halves.repeat_interleave(n_runs, 1), self.codes)
+        step, offset, inverse = products(self.halves.repeat_interleave(n_runs, 1), self.codes, self.folded)
         return step[..., None], offset[..., None], inverse[..., None]
 
 
-def products(halves: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def products(halves: Tensor, codes: Tensor, folded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return step, offset and 1 / step, float32 [...] each, for halves and codes [..., P]. 1 / step is 0 for 0."""
     values = halves.float() * codes
+    values = values.half().float() if folded else values
     step = values[..., 0]
     offset = values[..., 1] if values.shape[-1] == 2 else torch.zeros_like(step)
     return step, offset, torch.where(step.abs() < _TINY, 0.0, 1 / step)
@@ -58,12 +60,16 @@ class KQuant:
     run     the number of weights that share a scale
     codes   the least and the largest code of scales, and of offsets if there are any
     pack    packs indices of levels, codes and float16 numbers: a function of `klayout`
+    block   the number of weights that share the float16 numbers
+    folded  that of `Steps`
     """
 
     levels: tuple[int, ...]
     run: int
     codes: tuple[tuple[int, int], ...]
     pack: Callable[[Tensor, Tensor, Tensor], Tensor]
+    block: int = 256
+    folded: bool = False
 
     def grid(self, device: torch.device | str) -> Grid:
         """Return the tables of nearest levels. There are no scales in them."""
@@ -92,13 +98,14 @@ class KQuant:
 
     def packed(self, indices: Tensor, steps: Steps) -> U8:
         """Return blocks uint8 [N, row bytes] of indices uint8 [N, K]."""
-        n_blocks = indices.numel() // QK_K
-        codes = steps.codes.to(torch.uint8).view(n_blocks, QK_K // self.run, -1)
-        halves = steps.halves.reshape(n_blocks, -1).view(torch.uint8)
-        return self.pack(indices.view(n_blocks, QK_K), codes, halves).view(len(indices), -1).cpu().numpy()
+        n_blocks = indices.numel() // self.block
+        codes = steps.codes.to(torch.uint8).view(n_blocks, self.block // self.run, -1)
+        halves = torch.cat(steps.products()[:2], 2).half() if self.folded else steps.halves
+        halves = halves.reshape(n_blocks, -1).view(torch.uint8)
+        return self.pack(indices.view(n_blocks, self.block), codes, halves).view(len(indices), -1).cpu().numpy()
 
     def round_to_nearest(self, weight: Tensor) -> U8:
-        """Return blocks uint8 [..., row bytes] of weights [..., K], with K a multiple of 256.
+        """Return blocks uint8 [..., row bytes] of weights [..., K], with K a multiple of the block.
 
         For the choice of scales, an error counts with the weight's square.
         """
@@ -116,17 +123,18 @@ class KQuant:
         a = error_weight.reshape(-1, self.run).clamp_min(_TINY)
         wanted = self._scales_and_offsets(groups, a) if len(self.codes) == 2 else self._scales(groups, a)
         n_rows = len(weight)
-        return self.nearest_steps(wanted.view(n_rows, weight.shape[1] // QK_K, QK_K // self.run, -1))
+        return self.nearest_steps(wanted.view(n_rows, weight.shape[1] // self.block, self.block // self.run, -1))
 
     def nearest_steps(self, wanted: Tensor) -> Steps:
-        """Return the steps nearest to scales, and offsets, float32 [N, K / 256, 256 / run, P]."""
+        """Return the steps nearest to scales, and offsets, float32 [N, K / block, block / run, P]."""
         low, high = (torch.tensor(ends, device=wanted.device) for ends in zip(*self.codes, strict=True))
         extreme = wanted.gather(2, wanted.abs().argmax(2, keepdim=True))
         # With signed codes, the scale of largest magnitude gets the least one, which is on the longer side.
-        halves = (extreme / torch.where(low < 0, low, high)).half()
+        end = high // 2 if self.folded else torch.where(low < 0, low, high)
+        halves = (extreme / end).half()
         inverse = torch.where(halves == 0, 0.0, 1 / halves.float())
         codes = (wanted * inverse).round().clamp(low, high).to(torch.int16)
-        return Steps(halves.squeeze(2), codes.flatten(1, 2))
+        return Steps(halves.squeeze(2), codes.flatten(1, 2), self.folded)
 
     def _scales(self, groups: Tensor, a: Tensor) -> Tensor:
         """Return the best of 19 scales that map the largest weight of each group to about the first level, [G, 1]."""
@@ -177,4 +185,6 @@ KQUANTS = {
     T.Q5_K: KQuant(tuple(range(32)), 32, ((0, 63), (0, 63)), klayout.q5_k),
     T.Q6_K: KQuant(tuple(range(-32, 32)), 16, ((-128, 127),), klayout.q6_k),
     T.IQ4_XS: KQuant(gguf.quants.IQ4_NL.kvalues, 32, ((-32, 31),), klayout.iq4_xs),
+    T.Q4_1: KQuant(tuple(range(16)), 32, ((0, 127), (0, 127)), klayout.q4_1, 32, True),
+    T.Q5_1: KQuant(tuple(range(32)), 32, ((0, 255), (0, 255)), klayout.q5_1, 32, True),
 }

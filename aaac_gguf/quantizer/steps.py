@@ -14,7 +14,7 @@ from torch import Tensor
 from .backends import Backend
 from .columns import Candidate, Columns, GroupMetric, LayerMetrics, groups_of_block
 from .grid import CELLS, Encoded
-from .kquants import QK_K, KQuant, Steps, products
+from .kquants import KQuant, Steps, products
 
 # What is tried first: the end of a run's range is this far from the last level, in levels.
 _STARTS = (0.0, 0.3, -0.3, 0.6, 0.9, -0.6)
@@ -33,7 +33,7 @@ class RunColumns(Columns):
 class StepSearch:
     """The search over the values that one type with super-blocks has for a tensor.
 
-    halves   float16 [N, K / 256, P] of all rows
+    halves   float16 [N, K / block, P] of all rows
     backend  rounds a run with feedback inside it
     """
 
@@ -49,7 +49,7 @@ class StepSearch:
     def undecided(self, weight: Tensor, rows: Tensor, groups: Tensor) -> RunColumns:
         """Return memory for the decisions, as `TorchSearch.undecided` does."""
         blank = Columns.undecided(weight, self.group_size)
-        halves = self.halves[rows][:, groups * self.group_size // QK_K].transpose(0, 1)
+        halves = self.halves[rows][:, groups * self.group_size // self.layout.block].transpose(0, 1)
         return RunColumns(blank.q, blank.levels, torch.zeros_like(blank.selectors), blank.codes, halves)
 
     def feed_back(self, columns: RunColumns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ class StepSearch:
 
     def steps(self, encoded: Encoded) -> Steps:
         """Return the scales of what was decided on all rows."""
-        return Steps(self.halves, self._unpack(encoded.scale_codes.long()).to(torch.int16))
+        codes = self._unpack(encoded.scale_codes.long()).to(torch.int16)
+        return Steps(self.halves, codes, self.layout.folded)
 
     def _starts(self, target: Tensor) -> Tensor:
         """Return scales, and offsets, float32 [C, N, P] for a run `target` [run, N]."""
@@ -119,7 +120,7 @@ class StepSearch:
 
     def _try(self, target: Tensor, metric: GroupMetric, halves: Tensor, codes: Tensor) -> Candidate:
         """Return the best of the codes int64 [C, N] for `target` [run, N], with feedback inside the run."""
-        steps = [t.reshape(-1).contiguous() for t in products(halves, self._unpack(codes))]
+        steps = [t.reshape(-1).contiguous() for t in products(halves, self._unpack(codes), self.layout.folded)]
         levels = torch.empty(len(target), codes.numel(), dtype=torch.int8, device=target.device)
         errors = self.backend.round_to_steps(
             target.repeat(1, len(codes)), metric.u, steps, self.grid.nearest_level[:CELLS], levels
@@ -150,7 +151,8 @@ class StepSearch:
 
     def _write(self, columns: RunColumns, group: slice, chosen: Candidate) -> None:
         q, levels, _, codes = columns.block(group, self.group_size)
-        step, offset, _ = products(columns.halves[group.start // self.group_size], self._unpack(chosen.codes))
+        halves = columns.halves[group.start // self.group_size]
+        step, offset, _ = products(halves, self._unpack(chosen.codes), self.layout.folded)
         q.copy_(chosen.levels * step - offset)
         levels.copy_(chosen.levels)
         codes[0] = chosen.codes

@@ -158,7 +158,7 @@ class StockQuantizer(_GridQuantizer):
 
 
 class KQuantizer:
-    """A type of llama.cpp with super-blocks, whose float16 numbers are chosen first."""
+    """A type of llama.cpp whose float16 numbers are chosen first, and codes that these are multiplied by after."""
 
     methods: tuple[Method, ...] = ("aaac",)
 
@@ -219,10 +219,10 @@ def _stock(type: T, file_type: int, fallback: T | None = None, by_importance: bo
     return TensorType(type, file_type, StockQuantizer(layout), fallback, by_importance=by_importance, largest=largest)
 
 
-def _k_quant(type: T, file_type: int, fallback: T, **more: Any) -> TensorType:
-    """Return the row of a type with super-blocks."""
+def _k_quant(type: T, file_type: int, fallback: T | None = None, **more: Any) -> TensorType:
+    """Return the row of a type with codes of scales."""
     layout = KQUANTS[type]
-    largest = layout.levels[-1] * layout.codes[0][1] * _F16_LARGEST
+    largest = layout.levels[-1] * (1 if layout.folded else layout.codes[0][1]) * _F16_LARGEST
     return TensorType(type, file_type, KQuantizer(layout), fallback, largest=largest, **more)
 
 
@@ -239,12 +239,14 @@ TENSOR_TYPES: dict[T, TensorType] = {
         TensorType(T.BF16, LlamaFileType.MOSTLY_BF16, largest=float(torch.finfo(torch.bfloat16).max)),
         _stock(T.Q8_0, LlamaFileType.MOSTLY_Q8_0),
         _k_quant(T.Q6_K, LlamaFileType.MOSTLY_Q6_K, T.Q8_0),
-        _k_quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S, T.Q8_0),
+        _k_quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S, T.Q5_1),
         _k_quant(T.Q4_K, LlamaFileType.MOSTLY_Q4_K_S, T.Q5_0, by_importance=True),
         _k_quant(T.IQ4_XS, LlamaFileType.MOSTLY_IQ4_XS, T.IQ4_NL, by_importance=True),
         _k_quant(T.Q3_K, LlamaFileType.MOSTLY_Q3_K_S, T.IQ4_NL, by_importance=True),
         _k_quant(T.Q2_K, LlamaFileType.MOSTLY_Q2_K_S, T.IQ4_NL, by_importance=True),
+        _k_quant(T.Q5_1, LlamaFileType.MOSTLY_Q5_1),
         _stock(T.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+        _k_quant(T.Q4_1, LlamaFileType.MOSTLY_Q4_1),
         _stock(T.Q4_0, LlamaFileType.MOSTLY_Q4_0),
         _stock(T.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL, by_importance=True),
         _stock(T.MXFP4, LlamaFileType.MOSTLY_MXFP4_MOE, by_importance=True),
@@ -262,6 +264,6 @@ def round_to_nearest(weight: Tensor, type: T) -> NDArray[Any]:
     The dtype is the type's own for F32 and F16, and uint8 [..., row bytes] for the others. Raises NotImplementedError
     for IQ4_NL and AAAC types, which are searched in every case.
     """
-    if type in KQUANTS:  # the gguf library has no encoder for these
+    if type in KQUANTS:  # the gguf library has no encoder for most of these
         return KQUANTS[type].round_to_nearest(weight)
     return gguf.quantize(weight.cpu().numpy(), type)

@@ -48,8 +48,8 @@ def test_rounding_to_nearest_is_that_of_the_gguf_library(type):
 def test_k_quants_round_to_nearest_as_the_gguf_library_decodes(type):
     weight = heavy_tailed().reshape(2, 32, 256)
     difference = torch.from_numpy(gguf.dequantize(round_to_nearest(weight, type), type)) - weight
-    bits = 8 * GGML_QUANT_SIZES[type][1] / 256
-    assert difference.square().sum() < 5 * 4**-bits * weight.square().sum()
+    n_levels = len(KQUANTS[type].levels)
+    assert difference.square().sum() < 2.5 / n_levels**2 * weight.square().sum()
 
 
 def test_types_of_less_than_five_bits_are_searched_under_importance():
