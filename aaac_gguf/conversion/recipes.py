@@ -204,12 +204,17 @@ _FALLBACKS = {
     T.Q2_K: T.Q4_0,
     T.Q3_K: T.Q4_0,
     T.Q4_K: T.Q5_0,
+    T.Q5_K: T.Q5_1,
     T.Q6_K: T.Q8_0,
     T.IQ4_XS: T.IQ4_NL,
 }
 
 # The mixtures of llama-quantize whose types can all be written.
 MIXTURES = {
+    "Q4_0": Recipe(_F.MOSTLY_Q4_0, T.Q4_0, down=(_rule(T.Q4_1, _calibrated, _in_first(8)),)),
+    "Q4_1": Recipe(_F.MOSTLY_Q4_1, T.Q4_1),
+    "Q5_0": Recipe(_F.MOSTLY_Q5_0, T.Q5_0, down=(_rule(T.Q5_1, _calibrated, _in_first(8)),)),
+    "Q5_1": Recipe(_F.MOSTLY_Q5_1, T.Q5_1),
     "IQ4_NL": Recipe(_F.MOSTLY_IQ4_NL, T.IQ4_NL, **_IQ4),
     "IQ4_XS": Recipe(_F.MOSTLY_IQ4_XS, T.IQ4_XS, **_IQ4),
     "Q2_K": Recipe(

@@ -25,6 +25,8 @@ FUSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 MODELS = {
     "Llama, 4 heads share keys": ("llama", 32, DENSE, {"n_kv": 2}),
     "tied embeddings": ("qwen3", 19, DENSE, {"tied": True}),
+    "rows of 576": ("llama", 10, DENSE, {"tied": True, "width": 576}),
+    "embeddings of 96": ("llama", 10, DENSE, {"width": 96}),
     "70B": ("llama", 80, DENSE, {"n_kv": 1}),
     "65B": ("llama", 80, DENSE, {}),
     "Mixtral": ("llama", 16, EXPERTS, {"n_experts": 8}),
