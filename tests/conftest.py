@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -22,8 +23,10 @@ from aaac_gguf.llama import build as llama
 from aaac_gguf.models.source import full_precision
 from aaac_gguf.resources import shipped
 
-# Threads that spin while other programs run cost more than they give to models this small.
+# Threads that spin while other programs run cost more than they give to models this small. Programs started by tests
+# read the variable.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
