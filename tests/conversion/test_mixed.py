@@ -178,6 +178,7 @@ def test_every_matrix_gets_a_type_but_those_that_have_one(source, asked):
     assert after == before | dict.fromkeys(free, T.Q8_0)
 
 
+@pytest.mark.slow
 @pytest.mark.llama
 def test_convert_keeps_the_budget(llama_source, tmp_path, capsys):
     out = tmp_path / "out.gguf"
@@ -217,6 +218,7 @@ def test_refusals(source, tmp_path, capsys, args, message):
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.slow
 @pytest.mark.llama
 def test_a_budget_that_is_too_small(llama_source, tmp_path, capsys):
     assert convert(resources.MODEL, tmp_path / "out.gguf", "--bpw", 3, *ONE_BLOCK) == 2

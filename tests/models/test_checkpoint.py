@@ -42,7 +42,7 @@ def test_a_gguf_has_the_tokens_of_its_folder(demo_gguf):
 def test_a_gguf_has_the_tokens_of_llama_cpp(demo_full, patched, tmp_path):
     evaluate.save_logits(demo_full.path, resources.SAMPLE_TEXT, tmp_path / "logits", 64, n_chunks=4)
     tokens = evaluate.with_bos(evaluate.read_logits(tmp_path / "logits").tokens, demo_full)
-    ours, _ = text_tokens(demo_full.path, resources.SAMPLE_TEXT, 4, 64)
+    ours = text_tokens(demo_full.path, resources.SAMPLE_TEXT, 1000, 64)[0][:4]  # in a row: the text has fewer
     assert ours.tolist() == tokens.tolist()
 
 
