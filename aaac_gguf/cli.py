@@ -113,9 +113,8 @@ def _add_convert(verbs: Any) -> None:
          "or a model on the Hugging Face Hub: hf://OWNER/NAME, or OWNER/NAME if there is no such path")  # fmt: skip
     flag("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
     flag("--type", default="AAAC4_G16", help="type of the matrices: AAAC4_G16 (default), AAAC4_G32, AAAC4_G128; "
-         "or for stock llama.cpp one of "
-         "llama-quantize's mixtures (Q2_K, Q3_K_M, IQ4_XS, Q4_K_M, Q5_K_M, Q6_K and others); Q8_0, BF16, "
-         "F16, F32")  # fmt: skip
+         "or for stock llama.cpp one of llama-quantize's mixtures (Q2_K, Q3_K_M, IQ4_XS, Q4_K_M, Q5_K_M, Q6_K "
+         "and others); Q8_0, BF16, F16, F32")  # fmt: skip
     flag("--embedding-type", metavar="TYPE",
          help="type of token_embd and output (default: that of the mixture; Q6_K for AAAC types)")  # fmt: skip
     flag("--tensor-type", action="append", default=[], metavar="REGEX=TYPE",

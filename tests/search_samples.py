@@ -17,7 +17,7 @@ from aaac_gguf.quantizer.types import TENSOR_TYPES
 G16, G32, G128 = (T[name] for name in TYPES)
 
 # Parameters of several files of tests. GRID_TYPES have levels times a scale; the other types of llama.cpp are K_TYPES.
-NEEDS_C = pytest.mark.skipif(not native.library(), reason="no C compiler builds search.c here")
+NEEDS_C = pytest.mark.skipif(not native.compiled(), reason="no C compiler builds search.c here")
 AAAC_TYPES = pytest.mark.parametrize("type", [G16, G32, G128], ids=lambda t: t.name)
 GRID_TYPES = pytest.mark.parametrize(
     "type", [G16, G32, G128, T.IQ4_NL, T.Q5_0, T.Q8_0, T.MXFP4, T.NVFP4], ids=lambda t: t.name

@@ -125,7 +125,7 @@ def _not_calibrated(p: Place) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a name of `type` means.
+    """Says what a name of `type` means.
 
     file_type  general.file_type, by which llama.cpp and others name the file
     type       of all matrices for which there is no rule
@@ -199,15 +199,8 @@ _IQ4 = {
     "down": (_rule(T.Q5_K, _not_calibrated, _in_first(8)),),
 }
 
-# What a mixture has in rows that are no whole blocks: `tensor_type_fallback`.
-_FALLBACKS = {
-    T.Q2_K: T.Q4_0,
-    T.Q3_K: T.Q4_0,
-    T.Q4_K: T.Q5_0,
-    T.Q5_K: T.Q5_1,
-    T.Q6_K: T.Q8_0,
-    T.IQ4_XS: T.IQ4_NL,
-}
+# Where a mixture has another type than TENSOR_TYPES says in rows that are no whole blocks: `tensor_type_fallback`.
+_FALLBACKS = {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0}
 
 # The mixtures of llama-quantize whose types can all be written.
 MIXTURES = {

@@ -22,13 +22,13 @@ def choose_backend(device: torch.device, name: str | None = None, *, feedback: b
     Raises AaacError for a name that does not exist, and for "native" without a C compiler.
     """
     if name is None:
-        if device.type == "cpu" and native.library():
+        if device.type == "cpu" and native.compiled():
             return NativeSearch
         if device.type == "cuda" and feedback and cuda.available(device):
             return CudaSearch
         return TorchSearch
     if name not in BACKENDS:
         raise AaacError(f"`backend` {name}: unknown; choose from {', '.join(BACKENDS)}")
-    if name == "native" and not native.library():
+    if name == "native" and not native.compiled():
         raise AaacError("`backend` native: search.c could not be compiled; install a C compiler, or choose 'torch'")
     return BACKENDS[name]

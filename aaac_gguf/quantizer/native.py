@@ -23,7 +23,7 @@ from .search import TorchSearch
 _SOURCE = Path(__file__).with_name("search.c")
 
 
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """Return the compiled search.c, or None, with a warning, if it cannot be built."""
     return c_library(_SOURCE)
 
@@ -118,9 +118,9 @@ class NativeSearch(TorchSearch):
 
 def _call(name: str, *arguments: Any) -> None:
     """Call a function of search.c. Tensors are on the CPU, with the shapes and dtypes that search.c states."""
-    function = getattr(library(), name)
+    function = getattr(compiled(), name)
     function.restype = None
-    if set_threads := getattr(library(), "omp_set_num_threads", None):
+    if set_threads := getattr(compiled(), "omp_set_num_threads", None):
         set_threads(torch.get_num_threads())
     given = (
         ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) if isinstance(a, int) else a

@@ -1,4 +1,4 @@
-"""Where the tensors of a GGUF are in a transformers model, and which are not there."""
+"""Find the tensors of a GGUF in a transformers model, and say which are not there."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a block multiplies its parameters with is kept, once for equal inputs, and its second moments are summed."""
+"""Keep what a block multiplies its parameters with, once for equal inputs, and sum its second moments."""
 
 import pytest
 import torch

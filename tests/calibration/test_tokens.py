@@ -202,7 +202,7 @@ def test_sequences_are_as_long_as_the_model_allows(tmp_path, llama_source):
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_token_ids_without_embeddings_are_refused(tmp_path, llama_source, refused, capsys, kind):
-    """Of a tokenizer with more ids than the model has rows."""
+    """Refuse those of a tokenizer with more ids than the model has rows."""
     if kind == "folder":
         few = save_random(transformers.LlamaConfig(**COMMON | {"vocab_size": 500}, **SIZES), tmp_path / "model")
     else:

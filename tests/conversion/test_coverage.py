@@ -1,4 +1,4 @@
-"""What calibration did not reach is said before anything is quantized, and in the report."""
+"""Say what calibration did not reach, before anything is quantized and in the report."""
 
 from pathlib import Path
 

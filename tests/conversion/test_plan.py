@@ -114,7 +114,7 @@ def test_unknown_type():
     ],
 )
 def test_rounding(source, ggml_type, moments, expected):
-    """Of a matrix by its type, and of the tensors that never change by what they are."""
+    """Round a matrix as its type asks, and the tensors that never change as what they are."""
     plans = {p.name: p for p in make_plan(gguf_io.read(source), Settings(type=ggml_type), moments)}
     assert plans["blk.0.attn_q.weight"].rounding == expected
     assert plans["blk.0.attn_norm.weight"].rounding == Rounding.COPY

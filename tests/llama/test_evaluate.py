@@ -7,8 +7,10 @@ from aaac_gguf.errors import AaacError
 from aaac_gguf.llama import evaluate
 
 OUTPUT = """
-chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence              Δp RMS            Same top p
-   1      36.1203 ±   7.9861       0.00384 ±    0.00741       0.00951 ±    0.00077     1.734 ±  0.163 %    94.488 ±  2.033 %
+chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence              Δp RMS\
+            Same top p
+   1      36.1203 ±   7.9861       0.00384 ±    0.00741       0.00951 ±    0.00077     1.734 ±  0.163 %\
+    94.488 ±  2.033 %
 ====== Perplexity statistics ======
 Mean PPL(Q)                   :  36.571892 ±   2.717042
 Mean PPL(base)                :  36.195918 ±   2.696105
@@ -20,7 +22,7 @@ Maximum KLD:   0.094526
 Minimum KLD:  -0.000004
 RMS Δp    :  1.617 ± 0.065 %
 Same top p: 94.094 ± 0.662 %
-"""  # noqa: E501
+"""
 
 
 def test_summary():

@@ -1,4 +1,4 @@
-"""Which files of a folder hold the weights, and the dtype of the weights."""
+"""Tell which files of a folder hold the weights, and the dtype of the weights."""
 
 import json
 import shutil

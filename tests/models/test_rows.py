@@ -34,7 +34,7 @@ def test_rows_are_put_back_where_they_were_found(shape, transposed):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_that_the_converter_rounded_are_found(dtype):
-    """Of a float32 head in a model of 16 bits."""
+    """Find the rows of a float32 head in a model of 16 bits."""
     parameter = torch.randn(6, 8)
     order = torch.tensor([3, 1, 5])
     rows = RowMap.find(parameter, parameter[order].to(dtype).float())

@@ -1,4 +1,4 @@
-"""What `convert` prints: the plan of a dry run, and the report."""
+"""Print what `convert` prints: the plan of a dry run, and the report."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `inspect` says of a file, and how little it loads for that."""
+"""Check what `inspect` says of a file, and how little it loads for that."""
 
 import re
 import subprocess
