@@ -18,7 +18,7 @@ coordinate descent on the same error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Protocol, TypeVar
 
@@ -74,7 +74,7 @@ def feedback(
         _sweep_columns(rows.T.contiguous(), columns, metrics, search)
         return columns.q.T
 
-    parts, rows = _in_row_blocks(weight[:, order], outputs, decide, [sweep] * sweeps)
+    parts, rows = _in_row_blocks(weight[:, order], outputs, decide, sweep, sweeps)
     encoded = [part.in_order(groups.argsort()).encoded(search.grid) for part in parts]
     return Encoded(*(torch.cat([getattr(part, field.name) for part in encoded])[rows] for field in fields(Encoded)))
 
@@ -97,28 +97,26 @@ def _sweep_columns(weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, s
         gradient[block.stop :].addmm_(metrics.hessian[block.stop :, block], change, alpha=-1)
 
 
-_Part = TypeVar("_Part")
-
-
 def _in_row_blocks(
     weight: Tensor,
     outputs: Tensor | None,
-    encode: Callable[[Tensor, Tensor], tuple[Tensor, _Part]],
-    sweeps: Sequence[Callable[[Tensor, _Part], Tensor]] = (),
-) -> tuple[list[_Part], Tensor]:
-    """Encode some rows of `weight` [N, K] at a time, with feedback between them if there are `outputs` O.
+    decide: Callable[[Tensor, Tensor], tuple[Tensor, AnyColumns]],
+    sweep: Callable[[Tensor, AnyColumns], Tensor],
+    n_sweeps: int,
+) -> tuple[list[AnyColumns], Tensor]:
+    """Decide some rows of `weight` [N, K] at a time, with feedback between them if there are `outputs` O.
 
-    `encode` takes rows as the errors of earlier rows have moved them, and their numbers. It returns what they decode to
-    [n, K], and the encoding. Each of `sweeps` takes rows as the errors of all other rows move them, and their encoding,
-    which it changes. It returns what they decode to. Return the encodings, and the order that sorts their rows.
+    `decide` takes rows as the errors of earlier rows have moved them, and their numbers. It returns what they decode to
+    [n, K], and the decisions. `sweep` takes rows as the errors of all other rows move them, and their decisions, which
+    it changes. It returns what they decode to. Return the decisions, and the order that sorts their rows.
     """
     n_rows = len(weight)
     if outputs is None:
         numbers = torch.arange(n_rows, device=weight.device)
         parts = []
         for chunk in numbers.split(_CHUNK_ROWS.get(weight.device.type, n_rows)):
-            parts.append(encode(weight[chunk], chunk)[1])
-            for sweep in sweeps:
+            parts.append(decide(weight[chunk], chunk)[1])
+            for _ in range(n_sweeps):
                 sweep(weight[chunk], parts[-1])
         return parts, numbers
 
@@ -128,13 +126,13 @@ def _in_row_blocks(
     blocks = [slice(int(i[0]), int(i[-1]) + 1) for i in torch.arange(n_rows).split(-(-n_rows // _ROW_BLOCKS))]
     moved, decoded, parts = weight.clone(), torch.empty_like(weight), []
     for block in blocks:
-        decoded[block], part = encode(moved[block], order[block])
+        decoded[block], part = decide(moved[block], order[block])
         parts.append(part)
         diagonal, rest = coupling.u[block, block], coupling.u[block, block.stop :]
         error = torch.linalg.solve_triangular(diagonal.T, moved[block] - decoded[block], upper=False)
         moved[block.stop :].addmm_(rest.T, error, alpha=-1)
-    for sweep in sweeps:
-        error = weight - decoded
+    error = weight - decoded
+    for _ in range(n_sweeps):
         for block, part in zip(blocks, parts, strict=True):
             # If nothing were rounded, the error of this block that suits the others best is -O_bb^-1 O_br E_r.
             o = coupling.hessian[block]

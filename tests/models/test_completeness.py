@@ -138,7 +138,7 @@ def test_quantized_weights_are_compared_by_name(folder):
 
 
 def test_no_file_without_tensors(llama_source, folder, tmp_path):
-    """Refuse it, though for a model that transformers does not know the converter writes what it finds, were it nothing."""
+    """Refuse it, though of a model that transformers does not know the converter writes what it finds."""
     change(folder, lambda w: [w.pop(name) for name in list(w) if ".layers.1." in name])
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard of"}))
