@@ -150,6 +150,19 @@ def test_sweeps_lower_the_output_error(type, backend):
     assert errors[3] > 0.97 * errors[2]  # two are enough
 
 
+def test_a_second_sweep_over_rows_begins_where_the_first_ended(monkeypatch):
+    """From the rows as they were before the first, it would lower the error by 5 % and not by 7 %."""
+    monkeypatch.setattr("aaac_gguf.quantizer.feedback.OUTPUT_DAMPING", 1e-3)
+    w, h = weights(), hessian()
+    inputs = factor(h)
+    o = torch.block_diag(*[torch.tensor([[1, 0.99], [0.99, 1]])] * (len(w) // 2))  # neighbours are in other blocks
+    search = search_for(G16, w, "torch", importance=h.diagonal())
+    decoded = [search.decode(feedback(w, inputs, search, o, sweeps=n)) for n in (0, 1, 2)]
+    errors = [moments.output_error(w - q, inputs.hessian, factor(o, 1e-3).hessian) for q in decoded]
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < 0.935 * errors[1]
+
+
 @CPU_BACKENDS
 def test_the_order_of_rows_and_columns_is_by_importance(backend):
     """A permutation of rows, and of groups of columns, permutes the result."""
