@@ -146,18 +146,20 @@ def compare(
     device: str = "cpu",
     n_ctx: int = 512,
     n_chunks: int = 64,
+    cache_types: Sequence[str] = (),
 ) -> Comparison:
     """Quantize a model to several types and measure each against the full model, as `aaac-gguf compare` does.
 
-    types: AAAC types, llama-quantize's recipes, and finished .gguf files. texts: what to measure on; by default one
-    that the model writes. Writes comparison.json and comparison.html into the folder `output`. Raises AaacError for bad
-    input.
+    types: those of `quantize`, llama-quantize's recipes, and finished .gguf files. What both programs make is there
+    twice. texts: what to measure on; by default one that the model writes. cache_types: of the KV cache, to measure
+    each file with besides F16. Writes comparison.json and comparison.html into the folder `output`. Raises AaacError
+    for bad input.
     """
     from .reporting import compare as comparing
 
     settings = _settings(calibration=calibration, imatrix=imatrix, embedding_type=embedding_type, device=device)
     options = comparing.Options(
-        types or comparing.DEFAULT_TYPES, [Path(text) for text in texts], settings, n_ctx, n_chunks
+        types or comparing.DEFAULT_TYPES, [Path(text) for text in texts], settings, n_ctx, n_chunks, cache_types
     )
     return comparing.compare(_located(source), Path(output), options)
 

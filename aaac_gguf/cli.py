@@ -28,6 +28,7 @@ FLAGS = {
     "checkout": "--source",
     "texts": "--text",
     "n_ctx": "--ctx",
+    "cache_types": "--cache-types",
     "output": "-o",
 }
 _OTHERS = (
@@ -239,8 +240,9 @@ def _add_compare(verbs: Any) -> None:
     flag = p.add_argument
     flag("source", metavar="SRC",
          help="as in convert: a folder, a full-precision GGUF file, or a model on the Hugging Face Hub")  # fmt: skip
-    flag("--types", metavar="LIST", help="AAAC types, llama-quantize's recipes, finished .gguf files, separated by "
-         "commas (default AAAC4_G16,Q4_0,IQ4_NL,Q4_K_M,Q5_K_M)")  # fmt: skip
+    flag("--types", metavar="LIST", help="types of convert, llama-quantize's recipes (Q4_K_M and others are made by "
+         "both programs), finished .gguf files, separated by commas "
+         "(default AAAC4_G16,Q4_0,IQ4_NL,Q4_K_M,Q5_K_M)")  # fmt: skip
     flag("-o", "--output", type=Path, default=Path("aaac-compare"), metavar="DIR",
          help="where to write (default ./aaac-compare)")  # fmt: skip
     flag("--text", type=Path, action="append", default=[], metavar="FILE",
@@ -252,6 +254,7 @@ def _add_compare(verbs: Any) -> None:
     flag("--device", default="cpu", help="what calibration runs on: cpu (default) or cuda")
     flag("--ctx", type=_positive, default=512, metavar="N", help="tokens per chunk of text (default 512)")
     flag("--chunks", type=_positive, default=64, metavar="N", help="chunks of each text at most (default 64)")
+    flag("--cache-types", metavar="LIST", help="measure each file with these types of the KV cache too: Q8_0,Q4_0")
     p.set_defaults(run=_compare)
 
 
@@ -269,6 +272,7 @@ def _compare(args: argparse.Namespace) -> None:
         device=args.device,
         n_ctx=args.ctx,
         n_chunks=args.chunks,
+        cache_types=args.cache_types.split(",") if args.cache_types else (),
     )
     print(tables.comparison_text(result))
     print(f"\nwrote {args.output / 'comparison.json'} and, with plots, {args.output / 'comparison.html'}")

@@ -62,10 +62,15 @@ def save_logits(model: Path, text: Path, logits: Path, n_ctx: int, n_chunks: int
     return float(found[1]), float(found[2])
 
 
-def score(model: Path, text: Path, base: Path, n_ctx: int, n_chunks: int = -1) -> Score:
-    """Compare `model` with the logits `base` that `save_logits` wrote of the full model on the same text."""
-    log = base.with_name(f"{base.name}-{model.name}.log")
+def score(model: Path, text: Path, base: Path, n_ctx: int, n_chunks: int = -1, cache_type: str | None = None) -> Score:
+    """Compare `model` with the logits `base` that `save_logits` wrote of the full model on the same text.
+
+    cache_type: of the keys and values that the model keeps, by llama.cpp's name in any case; F16 if None.
+    """
+    log = base.with_name(f"{base.name}-{model.name}{f'-{cache_type}' if cache_type else ''}.log")
     args = [*_arguments(model, text, base, n_ctx, n_chunks), "--kl-divergence"]
+    if cache_type:  # llama.cpp quantizes values only for flash attention
+        args += ["-ctk", cache_type.lower(), "-ctv", cache_type.lower(), "-fa", "on"]
     return parse_summary(tools.run_logged_tool("llama-perplexity", args, log), log)
 
 

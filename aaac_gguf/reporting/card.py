@@ -39,11 +39,8 @@ def read_comparison(path: Path) -> Comparison:
     """Return the content of a comparison.json. Raises AaacError for another file."""
     try:
         values = json.loads(path.read_text("utf-8"))
-        rows = [
-            Row(**row | {"scores": {text: Score(**score) for text, score in row["scores"].items()}})
-            for row in values.pop("rows")
-        ]
-        result = Comparison(**values, rows=rows)
+        rows = [Row(**_with_cache_scores(row | {"scores": _scores(row["scores"])})) for row in values.pop("rows")]
+        result = Comparison(**_with_cache_scores(values), rows=rows)
         for text in result.texts:  # all that the table shows
             scores_table(result, text)
         files_table(result)
@@ -53,6 +50,16 @@ def read_comparison(path: Path) -> Comparison:
         reason = f"{type(e).__name__}: {e}"
         raise AaacError(f"`comparison` {path}: not a comparison.json ({reason}); give what compare wrote") from None
     return result
+
+
+def _scores(values: dict[str, Any]) -> dict[str, Score]:
+    return {key: Score(**score) for key, score in values.items()}
+
+
+def _with_cache_scores(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a row or a comparison. Those of before there were scores with other caches have none."""
+    by_text = values.get("cache_scores", {})
+    return values | {"cache_scores": {text: _scores(of_text) for text, of_text in by_text.items()}}
 
 
 def _front_matter(file: GgufFile) -> str:

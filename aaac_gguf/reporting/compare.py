@@ -1,4 +1,7 @@
-"""Compare quantized types of one model: each at its own best, all with the same calibration, against the full model."""
+"""Compare quantized types of one model: each at its own best, all with the same calibration, against the full model.
+
+A mixture of llama-quantize that `convert` makes too is made by both programs, for two rows of the same size.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
-from gguf import LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from .. import __version__
 from ..calibration import tokens as tokens_module
@@ -17,6 +21,7 @@ from ..conversion.calibrate import calibrate
 from ..conversion.convert import convert
 from ..conversion.job import prepare
 from ..conversion.plan import check_quantized, make_plan
+from ..conversion.recipes import RECIPES
 from ..conversion.settings import Settings
 from ..errors import AaacError
 from ..files import format as fmt
@@ -27,6 +32,7 @@ from ..files.imatrix import Imatrix, write_imatrix
 from ..files.scratch import temporary_folder
 from ..llama import evaluate, patch, tools
 from ..llama.build import build
+from ..llama.evaluate import Score
 from ..models import checkpoint
 from ..models.source import full_precision, model_name
 from ..progress import progress
@@ -34,14 +40,16 @@ from ..resources import sha256
 from . import page, verify
 from .results import Comparison, Row, Speed, Verification
 
-# The types that `convert` makes, and the recipes of llama-quantize, some of which give some matrices more bits.
-OURS = tuple(fmt.TYPES)
+# The recipes of llama-quantize, some of which give some matrices more bits. `convert` makes most of them too.
 STOCK = tuple(
     name.removeprefix("MOSTLY_")
     for name in LlamaFileType.__members__
     if name.startswith("MOSTLY_") and "F16" not in name
 )
 DEFAULT_TYPES = ("AAAC4_G16", "Q4_0", "IQ4_NL", "Q4_K_M", "Q5_K_M")
+
+# `kv_cache_types` of llama.cpp's common/arg.cpp. Every comparison has F16.
+CACHE_TYPES = ("F32", "BF16", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1")
 
 SELF_SEQUENCES = 20  # in the text that the model writes
 
@@ -50,11 +58,12 @@ SELF_SEQUENCES = 20  # in the text that the model writes
 class Options:
     """The settings of a comparison.
 
-    types     AAAC types, llama-quantize's recipes, and paths of finished .gguf files
-    texts     to measure on; by default one that the model writes
-    settings  of the conversions: embedding type, calibration and device
-    n_ctx     tokens in a chunk of text
-    n_chunks  chunks of each text, at most
+    types        those of `convert`, llama-quantize's recipes, and paths of finished .gguf files
+    texts        to measure on; by default one that the model writes
+    settings     of the conversions: embedding type, calibration and device
+    n_ctx        tokens in a chunk of text
+    n_chunks     chunks of each text, at most
+    cache_types  of the KV cache, to measure each file with besides F16
     """
 
     types: Sequence[str] = DEFAULT_TYPES
@@ -62,6 +71,17 @@ class Options:
     settings: Settings = field(default_factory=Settings)
     n_ctx: int = 512
     n_chunks: int = 64
+    cache_types: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One file of a comparison: its name in the tables, its path, and the type and the program that make it."""
+
+    name: str
+    path: Path
+    type: str
+    program: Literal["aaac-gguf", "llama-quantize"] | None = None  # None for a finished file
 
 
 def compare(source: Path, folder: Path, options: Options) -> Comparison:
@@ -70,6 +90,7 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
     Raises AaacError for bad input, before anything slow if that is possible.
     """
     types = [_checked(name) for name in options.types]
+    options = replace(options, cache_types=[_checked_cache(name) for name in options.cache_types])
     _check_texts(options.texts)
     if not source.is_file():
         checkpoint.check(source)
@@ -79,7 +100,6 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
         raise AaacError(f"`output` {folder}: cannot be made: {e.strerror}") from None
     build()
     stem = model_name(source)
-    files = {name: Path(name) if name.endswith(".gguf") else folder / f"{stem}-{name}.gguf" for name in types}
     with (
         temporary_folder(".aaac-compare-", folder) as scratch,
         full_precision(source, scratch) as full,
@@ -92,6 +112,7 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
                 "compared; convert it, and verify it"
             )
         length = tokens_module.fitting_length(full, options.settings.sequence_length, "sequence_length")
+        _check_heads(full, options.cache_types)
         n_ctx = tokens_module.fitting_length(full, options.n_ctx, "n_ctx")
         options = replace(options, n_ctx=n_ctx, settings=replace(options.settings, sequence_length=length))
         texts = options.texts or [self_text(source, folder / "self-generated.txt", options.settings)]
@@ -100,20 +121,23 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
         for text, base in bases.items():  # first, because a text may be too short
             perplexity = evaluate.save_logits(full.path, text, base, options.n_ctx, options.n_chunks)
             result.perplexities[text.name] = perplexity
+            result.cache_scores[text.name] = _cache_scores(full.path, text, base, options)
         imatrix: tuple[Path | None, float] | None = None
-        for type_name, path in progress(files.items(), desc="comparing", unit="type"):
+        for file in progress(candidates(types, folder, stem), desc="comparing", unit="file"):
             seconds = None
-            if type_name in OURS:
-                seconds = convert(source, path, replace(options.settings, type=type_name)).seconds
-            elif type_name in STOCK:
+            if file.program == "aaac-gguf":
+                seconds = convert(source, file.path, replace(options.settings, type=file.type)).seconds
+            elif file.program == "llama-quantize":
                 imatrix = imatrix or measure_imatrix(source, full, options.settings, folder / f"{stem}-imatrix.gguf")
+                embedding_type = fitting_embedding_type(full, options.settings)
                 start = time.monotonic()
-                stock_quantize(full.path, path, type_name, imatrix[0], fitting_embedding_type(full, options.settings))
+                stock_quantize(full.path, file.path, file.type, imatrix[0], embedding_type)
                 seconds = time.monotonic() - start + imatrix[1]
-            row = describe(type_name, path, full, seconds)
+            row = describe(file.name, file.path, full, seconds)
             for text, base in bases.items():
-                row.scores[text.name] = evaluate.score(path, text, base, options.n_ctx, options.n_chunks)
-            row.prompt_speed, row.generation_speed = speeds(path, full, scratch / "bench.log")
+                row.scores[text.name] = evaluate.score(file.path, text, base, options.n_ctx, options.n_chunks)
+                row.cache_scores[text.name] = _cache_scores(file.path, text, base, options)
+            row.prompt_speed, row.generation_speed = speeds(file.path, full, scratch / "bench.log")
             result.rows.append(row)
     write(folder, result)
     return result
@@ -125,11 +149,58 @@ def _checked(name: str) -> str:
         if not Path(name).is_file():
             raise AaacError(f"`types` {name}: no such file")
         return name
-    known = (*OURS, *STOCK)
+    known = dict.fromkeys((*fmt.TYPES, *STOCK, *RECIPES))
     if name.upper() not in known:
         choices = f"choose from {', '.join(known)}, or give a .gguf file of the same model"
         raise AaacError(f"`types` {name}: unknown type; {choices}")
     return name.upper()
+
+
+def candidates(types: Sequence[str], folder: Path, stem: str) -> list[Candidate]:
+    """Return the files of a comparison in `folder`: for a mixture that both programs make one of each, theirs first."""
+    files = []
+    for name in types:
+        if name.endswith(".gguf"):
+            files.append(Candidate(Path(name).name.removesuffix(".gguf"), Path(name), ""))
+            continue
+        theirs, ours = name in STOCK, name in RECIPES
+        if theirs:
+            shown = f"{name} (llama-quantize)" if ours else name
+            files.append(Candidate(shown, folder / f"{stem}-{name}-llama-quantize.gguf", name, "llama-quantize"))
+        if ours:
+            shown = f"{name} (aaac-gguf)" if theirs else name
+            files.append(Candidate(shown, folder / f"{stem}-{name}.gguf", name, "aaac-gguf"))
+    return files
+
+
+def _checked_cache(name: str) -> str:
+    """Return the name of a KV cache's type in capitals. Raises AaacError for one that llama.cpp has not."""
+    if name.upper() not in CACHE_TYPES:
+        raise AaacError(f"`cache_types` {name}: choose from {', '.join(CACHE_TYPES)}; F16 is always measured")
+    return name.upper()
+
+
+def _check_heads(full: GgufFile, cache_types: Sequence[str]) -> None:
+    """Raise AaacError if llama.cpp cannot cut the keys and values of a head into whole blocks of the types."""
+    n_heads = full.setting("attention.head_count", 1)
+    if not cache_types or not isinstance(n_heads, int):
+        return  # an array has a number for each block, and llama.cpp checks them
+    of_head = int(full.setting("embedding_length", 0)) // max(n_heads, 1)
+    for name in cache_types:
+        block_size = GGML_QUANT_SIZES[GGMLQuantizationType[name]][0]
+        for key in ("attention.key_length", "attention.value_length"):
+            if (length := int(full.setting(key, of_head))) % block_size:
+                raise AaacError(
+                    f"`cache_types` {name}: heads of {length} are not whole blocks of {block_size}; leave it out"
+                )
+
+
+def _cache_scores(model: Path, text: Path, base: Path, options: Options) -> dict[str, Score]:
+    """Return the scores of a file on one text with each type of the KV cache."""
+    return {
+        name: evaluate.score(model, text, base, options.n_ctx, options.n_chunks, cache_type=name)
+        for name in options.cache_types
+    }
 
 
 def _check_texts(texts: Sequence[Path]) -> None:
@@ -224,7 +295,7 @@ def describe(name: str, path: Path, full: GgufFile, seconds: float | None) -> Ro
     n_bytes = sum(t.n_bytes for t in file.tensors.values())
     n_weights = sum(t.n_elements for t in file.tensors.values())
     return Row(
-        name=Path(name).name.removesuffix(".gguf"),
+        name=name,
         n_bytes=path.stat().st_size,
         bits_per_weight=8 * n_bytes / n_weights,
         seconds=seconds,

@@ -56,7 +56,7 @@ def render(result: Comparison) -> str:
     full = f"Against the {escape(result.full_type)} model of {result.full_bytes:,} bytes."
     parts = [
         f"<h1>{escape(result.model)}: quantized types side by side</h1>",
-        _note(f"{full} KL divergence in nats per token."),
+        _note(f"{full} KL divergence in nats per token. The KV cache is F16 where a column names no other type."),
         _legend([row.name for row in rows]),
     ]
     for text in result.texts:

@@ -11,7 +11,10 @@ Speed = tuple[float, float]  # tokens per second: mean, standard deviation
 
 @dataclass
 class Row:
-    """One file of a comparison. Scores are by the name of the text; errors and codebooks are by tensor."""
+    """One file of a comparison. Scores are by the name of the text; errors and codebooks are by tensor.
+
+    cache_scores  with other types of the KV cache than F16: by text, then by the cache's type
+    """
 
     name: str
     n_bytes: int
@@ -22,6 +25,7 @@ class Row:
     scores: dict[str, Score] = field(default_factory=dict)
     tensor_errors: dict[str, float] = field(default_factory=dict)  # relative squared errors
     codebooks: dict[str, list[list[int]]] = field(default_factory=dict)  # two of 16 levels each
+    cache_scores: dict[str, dict[str, Score]] = field(default_factory=dict)
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Comparison:
     settings: dict[str, object]
     perplexities: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the full model, with the error
     rows: list[Row] = field(default_factory=list)
+    cache_scores: dict[str, dict[str, Score]] = field(default_factory=dict)  # of the full model, as in `Row`
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .results import Comparison, Verification
+from ..llama.evaluate import Score
+from .results import Comparison, Row, Verification
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,15 +61,28 @@ def files_table(result: Comparison) -> tuple[Sequence[str], list[Sequence[str]]]
 
 
 def scores_table(result: Comparison, text_name: str) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Return header and rows: perplexity, and KL divergence (nats) from the full model, on one text."""
+    """Return header and rows: perplexity, and KL divergence (nats) from the full model, on one text.
+
+    The mean divergence with each other type of the KV cache comes last.
+    """
+    caches = list(result.cache_scores.get(text_name, {}))
     header = ("type", "perplexity", "mean KL divergence", "99.9 %", "maximum", "RMS Δp", "same top token")
     perplexity = "{:.3f} ± {:.3f}"
-    rows: list[Sequence[str]] = [
-        (result.full_type, perplexity.format(*result.perplexities[text_name]), "", "", "", "", "")
-    ]
+
+    def with_caches(of_file: Row | Comparison) -> list[str]:
+        scores = of_file.cache_scores.get(text_name, {})
+        return [_divergence(scores[name]) if name in scores else "" for name in caches]
+
+    full = result.full_type, perplexity.format(*result.perplexities[text_name]), "", "", "", "", ""
+    rows: list[Sequence[str]] = [(*full, *with_caches(result))]
     for r in result.rows:
         s = r.scores[text_name]
-        divergence = f"{s.mean_kld:.5f} ± {s.mean_kld_error:.5f}", f"{s.kld_999:.4f}", f"{s.max_kld:.4f}"
+        divergence = _divergence(s), f"{s.kld_999:.4f}", f"{s.max_kld:.4f}"
         agreement = f"{s.rms_delta_p:.2f} %", f"{s.same_top:.2f} %"
-        rows.append((r.name, perplexity.format(s.perplexity, s.perplexity_error), *divergence, *agreement))
-    return header, rows
+        of_row = r.name, perplexity.format(s.perplexity, s.perplexity_error), *divergence, *agreement
+        rows.append((*of_row, *with_caches(r)))
+    return (*header, *(f"{name} cache" for name in caches)), rows
+
+
+def _divergence(score: Score) -> str:
+    return f"{score.mean_kld:.5f} ± {score.mean_kld_error:.5f}"

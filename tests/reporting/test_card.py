@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from comparison_samples import comparison
+from comparison_samples import comparison, score
 from gguf import GGUFValueType as V
 from gguf_samples import aaac_file
 
@@ -61,15 +61,17 @@ def test_the_numbers_of_a_comparison(tmp_path, rng):
     aaac_file(path, rng)
     result = comparison()
     result.rows[0].n_bytes = path.stat().st_size
+    result.cache_scores["b.txt"] = result.rows[0].cache_scores["b.txt"] = {"Q8_0": score(0.125)}
     json_path.write_text(json.dumps(asdict(result)))
     assert cli.main(["card", str(path), "--comparison", str(json_path), "-o", str(out)]) == 0
     text = out.read_text("utf-8")
+    assert text.count(" | 0.12500 ± 0.01250 |") == 2
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.split("On b.txt")[1].splitlines()}
     for row in json.loads(json_path.read_text())["rows"]:
-        score = row["scores"]["b.txt"]
+        found = row["scores"]["b.txt"]
         _, perplexity, kld, *_ = cells[row["name"]]
-        assert perplexity == f"{score['perplexity']:.3f} ± {score['perplexity_error']:.3f}"
-        assert kld == f"{score['mean_kld']:.5f} ± {score['mean_kld_error']:.5f}"
+        assert perplexity == f"{found['perplexity']:.3f} ± {found['perplexity_error']:.3f}"
+        assert kld == f"{found['mean_kld']:.5f} ± {found['mean_kld_error']:.5f}"
         assert f"| {row['n_bytes']:,} |" in text
 
 

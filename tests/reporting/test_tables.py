@@ -1,6 +1,6 @@
 """Results as text."""
 
-from comparison_samples import comparison
+from comparison_samples import comparison, score
 
 from aaac_gguf.reporting import tables
 from aaac_gguf.reporting.results import TensorError, Verification
@@ -22,6 +22,22 @@ def test_a_comparison_has_all_its_figures_by_text():
     ):
         assert cell in text, cell
     assert text.index("a.txt") < text.index("0.00400") < text.index("b.txt") < text.index("0.00800")
+
+
+def test_other_types_of_the_cache_have_columns():
+    result = comparison()
+    assert not any("cache" in cell for cell in tables.scores_table(result, "a.txt")[0])
+    result.cache_scores["a.txt"] = {"Q8_0": score(0.0001), "Q4_0": score(0.5)}
+    result.rows[1].cache_scores["a.txt"] = {"Q8_0": score(0.25), "Q4_0": score(0.75)}
+    header, rows = tables.scores_table(result, "a.txt")
+    assert header[-2:] == ("Q8_0 cache", "Q4_0 cache")
+    assert [row[-2:] for row in rows] == [
+        ("0.00010 ± 0.00001", "0.50000 ± 0.05000"),
+        ("", ""),
+        ("0.25000 ± 0.02500", "0.75000 ± 0.07500"),
+        ("", ""),
+    ]
+    assert "Q4_0 cache" not in tables.scores_table(result, "b.txt")[0]
 
 
 def test_columns_are_aligned():
