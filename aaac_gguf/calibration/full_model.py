@@ -18,9 +18,10 @@ from .recorder import InputRecorder, LayerInputs
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """The full model's products in one block; see `InputRecorder` for the fields. `inputs` has an entry per batch."""
+    """The full model's products in one block; see `InputRecorder`. `inputs` and `sums` have an entry per batch."""
 
     inputs: list[LayerInputs]
+    sums: list[dict[str, Tensor]]
     same_input_as: dict[str, str]
     outputs: dict[str, Tensor]
 
@@ -65,17 +66,18 @@ class FullModel:
         """Run block i on all sequences and return its products. It must still have its full-precision weights."""
         self.blocks.load(i)
         recorder = InputRecorder(self.blocks.parameters(i), self.wanted[i])
-        inputs = []
+        inputs, sums = [], []
         for batch in self.batches:
-            recorder.inputs = {}
+            recorder.inputs, recorder.sums = {}, {}
             with torch.no_grad(), recorder:
                 self.activations.run_block(i, batch, self.hidden[i, batch])
             inputs.append(recorder.inputs)
+            sums.append(recorder.sums)
         outputs = {
             name: _unpacked(sums).to(self.blocks.model.device)
             for name, sums in torch.load(self._outputs_file(i)).items()
         }
-        return BlockRecord(inputs, recorder.same_input_as, outputs)
+        return BlockRecord(inputs, sums, recorder.same_input_as, outputs)
 
     def _outputs_file(self, i: int) -> Path:
         return self.folder / f"outputs-{i}"

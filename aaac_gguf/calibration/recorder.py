@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from .activations import Products
 
 # A parameter with more outputs has no O: that of a vocabulary of 128,256 would take 61 GiB.
 MAX_OUTPUTS = 1 << 15
+
+# The ways in which a block adds a product's output to what it has, which most often is the residual stream.
+_ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
 
 # Inputs [tokens, K] by parameter name and expert (0 for a parameter without experts).
 LayerInputs = dict[tuple[str, int], Tensor]
@@ -26,14 +29,27 @@ class InputRecorder(Products):
     outputs        float32 [N, N] by parameter: the sum of g g^T
     same_input_as  by parameter, in the order of the products: the first parameter with the same inputs, which may be
                    itself. For Q, K and V it is Q. Only this first one is in `inputs`.
+    sums           [tokens, N] by parameter: the output together with what it is added to, if that is the next thing
+                   that happens to it; of the sequences that run
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], wanted: Collection[str], last: str | None = None):
-        """Record the parameters `wanted`; stop the forward pass at the parameter `last`, if given."""
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        wanted: Collection[str],
+        last: str | None = None,
+        last_sum: str | None = None,
+    ):
+        """Record the parameters `wanted`.
+
+        Stop the forward pass at the parameter `last`, or when the output of `last_sum` has been added to something.
+        """
         super().__init__(parameters, self._record)
-        self.wanted, self.last = wanted, last
+        self.wanted, self.last, self.last_sum = wanted, last, last_sum
         self.dims = {name: p.dim() for name, p in parameters.items()}
         self.inputs: LayerInputs = {}
+        self.sums: dict[str, Tensor] = {}
+        self._output: tuple[str, Tensor] | None = None  # of the latest product with a 2-D parameter
         self.outputs: dict[str, Tensor] = {}
         self.same_input_as: dict[str, str] = {}
         self._product: str | None = None  # the 2-D parameter of the product that runs
@@ -41,9 +57,22 @@ class InputRecorder(Products):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._product = None
         out = super().__torch_function__(func, types, args, kwargs)
+        if self._product and self.has_rows:
+            self._output = self._product, out.detach()
+        elif self._output and func in _ADDITIONS:
+            self._record_sum(*self._output, args, out)
         if (name := self._product) and self.has_rows and out.requires_grad and out.shape[-1] <= MAX_OUTPUTS:
             out.register_hook(lambda g: self._add_gradient(name, g.detach().reshape(-1, g.shape[-1])))
         return out
+
+    def _record_sum(self, name: str, output: Tensor, terms: tuple[Any, ...], total: Tensor) -> None:
+        # `self._output` keeps its tensor alive, so an equal address is the same tensor.
+        same = (isinstance(term, Tensor) and term.data_ptr() == output.data_ptr() for term in terms)
+        if total.shape == output.shape and any(same):
+            self._output = None
+            self.sums[name] = total.detach().reshape(-1, total.shape[-1])
+            if name == self.last_sum:
+                raise StopForward(total)
 
     def _record(self, name: str, expert: int, inputs: Tensor) -> None:
         if name not in self.wanted:
@@ -68,10 +97,10 @@ class InputRecorder(Products):
 
 
 class InputSums:
-    """Sums over tokens of x x^T, and of the drift (x_full - x) x^T, for the inputs x of one parameter.
+    """Sums over tokens of x x^T, and of drifts, for the inputs x of one parameter.
 
     squares  float32 [K, K] by expert (0 for a parameter without experts); an expert that no token reached is missing
-    drift    float32 [K, K] under the key 0
+    drift    float32, under the key "inputs" of (x_full - x) x^T [K, K], under "outputs" of (y_full - y) x^T [N, K]
     counts   the tokens, by expert
     """
 
@@ -79,26 +108,25 @@ class InputSums:
         """parameter: [N, K], or [E, N, K] for E experts."""
         self.has_experts = parameter.dim() == 3
         self.squares: dict[int, Tensor] = {}
-        self.drift: dict[int, Tensor] = {}
+        self.drift: dict[str, Tensor] = {}
         self.counts = [0] * (len(parameter) if self.has_experts else 1)
 
-    def add(self, expert: int, x: Tensor, full: Tensor | None = None) -> None:
-        """Add the inputs x [tokens, K] of an expert.
-
-        full: the same tokens' inputs in the full model. With experts it is ignored: the router may have chosen other
-        tokens there.
-        """
+    def add(self, expert: int, x: Tensor) -> None:
+        """Add the inputs x [tokens, K] of an expert."""
         add_product(self.squares, expert, x, x)
         self.counts[expert] += len(x)
-        if full is not None and not self.has_experts:
-            add_product(self.drift, expert, full - x, x)
+
+    def add_drift(self, of: Literal["inputs", "outputs"], difference: Tensor, x: Tensor) -> None:
+        """Add how far the inputs x [tokens, K], or the outputs, are from those of the full model: `difference`."""
+        add_product(self.drift, of, difference, x)
 
     def moments(self, n_tokens: int) -> Moments:
         """Return the means: moments without `outputs`. n_tokens: of all sequences."""
         zero = torch.zeros_like(next(iter(self.squares.values())))
         means = [self.squares[e] / count if e in self.squares else zero for e, count in enumerate(self.counts)]
         inputs = torch.stack(means) if self.has_experts else means[0]
-        return Moments(inputs, None, self.drift[0] / self.counts[0] if self.drift else None, n_tokens)
+        drift = {of: total / self.counts[0] for of, total in self.drift.items()}
+        return Moments(inputs, None, drift.get("inputs"), drift.get("outputs"), n_tokens)
 
 
 def add_product(sums: dict[Any, Tensor], key: Any, a: Tensor, b: Tensor) -> None:

@@ -20,7 +20,7 @@ from ..quantizer.moments import Moments
 from .activations import Activations
 from .full_model import BlockRecord, FullModel
 from .places import TensorPlaces
-from .recorder import InputRecorder, InputSums, LayerInputs
+from .recorder import InputRecorder, InputSums
 
 
 class BlockMoments:
@@ -110,32 +110,44 @@ class BlockMoments:
     def _layer_moments(self, i: int, record: BlockRecord, parameter: str, drifting: bool) -> tuple[Moments, float]:
         """Return the moments of a parameter's inputs, and over how many tokens they are means.
 
-        drifting: take the inputs that the parameter has now, and compare them with the full model's.
+        drifting: take the inputs that the parameter has now, and compare them with the full model's, or its outputs
+        where they are added to something.
         """
         sums = InputSums(self.blocks.parameters(i)[parameter])
-        runs = self._quantized_inputs(i, parameter) if drifting else record.inputs
-        for batch, run, full in zip(self.full.batches, runs, record.inputs, strict=True):
-            for (name, expert), x in run.items():
-                if name == parameter:
-                    # A module that only some tokens reach may get others in the full model.
-                    same_tokens = len(x) == self.activations.sequences[batch].numel()
-                    sums.add(expert, x, full[name, expert] if drifting and same_tokens else None)
+        if not drifting:
+            for inputs in record.inputs:
+                for (name, expert), x in inputs.items():
+                    if name == parameter:
+                        sums.add(expert, x)
+            return sums.moments(self.activations.sequences.numel()), sum(sums.counts)
+        runs = zip(self.full.batches, self._quantized(i, parameter, record), record.inputs, record.sums, strict=True)
+        for batch, now, inputs, totals in runs:
+            for (name, expert), x in now.inputs.items():
+                sums.add(expert, x)
+                # Experts may get other tokens in the full model, and so may a module that only some tokens reach.
+                if sums.has_experts or len(x) != self.activations.sequences[batch].numel():
+                    continue
+                if name in totals:
+                    sums.add_drift("outputs", totals[name] - now.sums[name], x)
+                else:
+                    sums.add_drift("inputs", inputs[name, expert] - x, x)
         if not sums.squares:  # no token reaches the parameter any more
             return self._layer_moments(i, record, parameter, drifting=False)
         return sums.moments(self.activations.sequences.numel()), sum(sums.counts)
 
-    def _quantized_inputs(self, i: int, parameter: str) -> Iterator[LayerInputs]:
-        """Yield by batch the inputs of one parameter of block i, as the model is now."""
+    def _quantized(self, i: int, parameter: str, record: BlockRecord) -> Iterator[InputRecorder]:
+        """Yield by batch what block i does with one parameter, as the model is now; the same recorder every time."""
         self.blocks.load(i)
         parameters = self.blocks.parameters(i)
         # Experts have more than one product.
         last = parameter if parameters[parameter].dim() == 2 else None
-        recorder = InputRecorder(parameters, [parameter], last)
+        has_sum = parameter in record.sums[0]
+        recorder = InputRecorder(parameters, [parameter], *((None, last) if has_sum else (last, None)))
         for batch in self.full.batches:
-            recorder.inputs = {}
+            recorder.inputs, recorder.sums = {}, {}
             with torch.no_grad(), recorder:
                 self.activations.run_block(i, batch, self.hidden[batch])
-            yield recorder.inputs
+            yield recorder
 
     def _of_tensor(self, name: str, record: BlockRecord, layer: tuple[Moments, float]) -> Moments:
         """Add to a layer's moments those of a tensor's outputs, in the order of the tensor's rows."""
@@ -150,6 +162,9 @@ class BlockMoments:
             self.places.row_map(name)
             return Moments(moments.inputs.expand(shape[0], -1, -1), None)
         outputs, rows = record.outputs.get(self.places[name].parameter), self.places.row_map(name)
-        if rows is None or outputs is None:
-            return moments
-        return dataclasses.replace(moments, outputs=rows.of_outputs(outputs / n_tokens))
+        drift = moments.output_drift
+        return dataclasses.replace(
+            moments,
+            outputs=None if outputs is None or rows is None else rows.of_outputs(outputs / n_tokens),
+            output_drift=None if drift is None or rows is None else drift[rows.order.to(drift.device)],
+        )

@@ -7,7 +7,8 @@ drew. If x and g are taken as independent, as in K-FAC (Martens and Grosse, 2015
 
 Layers are quantized in the order in which the model runs them. Each is quantized for the inputs x' that the quantized
 layers before it give: `H = E[x' x'^T]`, and the target is the weights whose outputs on x' are nearest to those of the
-full model on x.
+full model on x. Where outputs are added to the residual stream, these are the outputs with the stream: what the
+quantized layers before have added to it wrongly is made good as far as x' tells it.
 """
 
 from __future__ import annotations
@@ -25,29 +26,35 @@ from ..errors import AaacError
 class Moments:
     """The moments of one parameter as calibration measured them, on the model's device.
 
-    inputs    float32 [K, K], or [E, K, K] for E experts: the mean of x x^T over the tokens that reached the parameter.
-              It is zero for an expert that no token reached.
-    outputs   float32 [N, N]: the mean of g g^T over the same tokens; None for experts, and for too many outputs
-    drift     float32 [K, K]: the mean of (x_full - x) x^T, how far the inputs are from those of the full model;
-              None if they are the same, and for experts
-    n_tokens  the number of tokens of which `drift` is the mean
+    inputs        float32 [K, K], or [E, K, K] for E experts: the mean of x x^T over the tokens that reached the
+                  parameter. It is zero for an expert that no token reached.
+    outputs       float32 [N, N]: the mean of g g^T over the same tokens; None for experts, and for too many outputs
+    drift         float32 [K, K]: the mean of (x_full - x) x^T, how far the inputs are from those of the full model;
+                  None if they are the same, for experts, and with `output_drift`
+    output_drift  float32 [N, K]: the mean of (y_full - y) x^T, for outputs y together with what the model adds them to
+    n_tokens      the number of tokens of which the drifts are means
     """
 
     inputs: Tensor
     outputs: Tensor | None
     drift: Tensor | None = None
+    output_drift: Tensor | None = None
     n_tokens: int = 0
 
     def target(self, weight: Tensor) -> Tensor:
-        """Return the weights whose outputs on x are nearest to those of `weight` float32 [N, K] on x_full.
+        """Return the weights whose outputs on x are nearest to those of `weight` float32 [N, K] in the full model.
 
-        These are W + W E[(x_full - x) x^T] H^-1. This is a regression, and is damped as one: much of a drift that was
-        measured on few tokens is chance.
+        These are W + E[(y_full - y) x^T] H^-1, where y_full - y is W (x_full - x) if it was not measured itself. This
+        is a regression, and is damped as one: much of a drift that was measured on few tokens is chance.
         """
-        if self.drift is None:
+        if self.output_drift is not None:
+            drift = self.output_drift
+        elif self.drift is not None:
+            drift = weight @ self.drift
+        else:
             return weight
         inputs = factor(self.inputs, DRIFT_DAMPING + 2 * len(self.inputs) / self.n_tokens)
-        return weight + weight @ (self.drift / inputs.mean) @ inputs.u.T @ inputs.u
+        return weight + (drift / inputs.mean) @ inputs.u.T @ inputs.u
 
 
 DAMPING = 0.1  # of the mean of H's diagonal, added to the diagonal

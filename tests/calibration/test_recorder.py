@@ -76,6 +76,31 @@ def test_the_forward_pass_stops_at_the_last_parameter(model):
     assert torch.equal(stopped.value.hidden, x)
 
 
+class Residual(torch.nn.Module):
+    """What Q gives is added to the inputs, what K gives only after its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o = (torch.nn.Linear(4, 4) for _ in range(3))
+        self.norm = torch.nn.LayerNorm(4)
+
+    def forward(self, x):
+        x = x + self.q(x)
+        x = x + self.norm(self.k(x))
+        return self.o(x)
+
+
+def test_sums_with_the_residual_stream_are_kept():
+    model, x = Residual(), torch.randn(2, 5, 4)
+    recorder = run(model, x)
+    assert list(recorder.sums) == ["q.weight"]
+    assert torch.equal(recorder.sums["q.weight"], (x + model.q(x)).reshape(-1, 4))
+    with pytest.raises(StopForward) as stopped:
+        run(model, x, last_sum="q.weight")
+    assert torch.equal(stopped.value.hidden, x + model.q(x))
+    assert list(run(model, x, wanted=["k.weight"]).sums) == []
+
+
 def test_output_gradients_are_summed(model, monkeypatch):
     parameters = dict(model.named_parameters())
     recorder = InputRecorder(parameters, parameters)
@@ -101,29 +126,34 @@ def test_sums_become_means():
     x, y = torch.randn(10, 4), torch.randn(20, 4)
     full = torch.randn(10, 4)
     sums = InputSums(torch.empty(3, 4))
-    sums.add(0, x, full)
-    sums.add(0, y, y)
+    outputs = torch.randn(10, 3)
+    sums.add(0, x)
+    sums.add(0, y)
+    sums.add_drift("inputs", full - x, x)
+    sums.add_drift("outputs", outputs, x)
     moments = sums.moments(n_tokens=30)
     torch.testing.assert_close(moments.inputs, (x.T @ x + y.T @ y) / 30)
     torch.testing.assert_close(moments.drift, (full - x).T @ x / 30)
+    torch.testing.assert_close(moments.output_drift, outputs.T @ x / 30)
     assert (moments.outputs, moments.n_tokens, sums.counts) == (None, 30, [30])
 
 
 def test_without_the_full_models_inputs_there_is_no_drift():
     sums = InputSums(torch.empty(3, 4))
     sums.add(0, torch.randn(10, 4))
-    assert sums.moments(10).drift is None
+    moments = sums.moments(10)
+    assert moments.drift is None
+    assert moments.output_drift is None
 
 
 def test_experts_have_sums_of_their_own():
     x = torch.randn(10, 4)
     sums = InputSums(torch.empty(3, 5, 4))
-    sums.add(1, x, x + 1)
+    sums.add(1, x)
     moments = sums.moments(10)
     torch.testing.assert_close(moments.inputs[1], x.T @ x / 10)
     assert moments.inputs.shape == (3, 4, 4)
     assert not moments.inputs[[0, 2]].any()
-    assert moments.drift is None  # the router may have chosen other tokens in the full model
     assert sums.counts == [0, 10, 0]
 
 

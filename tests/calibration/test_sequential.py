@@ -116,11 +116,17 @@ def test_each_layer_sees_the_quantized_layers_before(model, demo_full, tmp_path)
                 reported[name] = seen
                 moments.replace(name, 0.9 * torch.from_numpy(demo_full[name]))
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in reported}
+    streams: dict[str, list[torch.Tensor]] = {}  # the residual stream after a matrix whose outputs are added to it
+
+    def watch(m: torch.nn.Module, found: list[torch.Tensor]) -> None:
+        m.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1)))
+
     for m in (full_model, model):
         for name in reported:
-            module(m, name).register_forward_pre_hook(
-                lambda _, args, name=name: inputs[name].append(args[0].flatten(0, 1))
-            )
+            watch(module(m, name), inputs[name])
+        for i in range(2):
+            watch(m.model.layers[i].post_attention_layernorm, streams.setdefault(f"blk.{i}.attn_output.weight", []))
+            watch(m.model.layers[i + 1].input_layernorm, streams.setdefault(f"blk.{i}.ffn_down.weight", []))
         with torch.no_grad():
             m(input_ids=tokens)
     assert reported["blk.0.attn_q.weight"].drift is None
@@ -129,7 +135,15 @@ def test_each_layer_sees_the_quantized_layers_before(model, demo_full, tmp_path)
         torch.testing.assert_close(seen.inputs, x.T @ x / len(x), atol=1e-5, rtol=1e-3)
         if seen.drift is not None:
             torch.testing.assert_close(seen.drift, (full - x).T @ x / len(x), atol=1e-5, rtol=1e-3)
-    assert sum(seen.drift is None for seen in reported.values()) == 3
+        if seen.output_drift is not None:
+            full, now = streams[name]
+            now = now + 0.1 * x @ module(full_model, name).weight.T  # it was asked for the matrix as it is in full
+            expected = (full - now).T @ x / len(x)
+            assert (seen.output_drift - expected).norm() < 1e-3 * expected.norm()
+    assert [name for name, seen in reported.items() if seen.drift is None and seen.output_drift is None] == [
+        f"blk.0.attn_{part}.weight" for part in "qkv"
+    ]
+    assert {name for name, seen in reported.items() if seen.output_drift is not None} == set(streams)
     # Q's rows are permuted on the way to the file and back.
     for name in ("blk.0.attn_q.weight", "blk.1.ffn_down.weight"):
         torch.testing.assert_close(module(model, name).weight, 0.9 * module(full_model, name).weight)

@@ -68,7 +68,7 @@ def test_the_target_meets_the_full_outputs_best():
     full = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
     x = full + 0.3 * full.roll(1, dims=1)
     weight = torch.randn(5, 8, generator=generator)
-    moments = Moments(x.T @ x / len(x), None, (full - x).T @ x / len(x), len(x))
+    moments = Moments(x.T @ x / len(x), None, (full - x).T @ x / len(x), n_tokens=len(x))
     best = torch.linalg.lstsq(x, full @ weight.T).solution.T
     before, after, least = (
         float((x @ w.T - full @ weight.T).square().mean()) for w in (weight, moments.target(weight), best)
@@ -76,6 +76,8 @@ def test_the_target_meets_the_full_outputs_best():
     assert least < 1e-3 * before
     assert after < 0.1 * before  # damped
     assert Moments(moments.inputs, None).target(weight) is weight
+    by_outputs = Moments(moments.inputs, None, None, weight @ moments.drift, len(x))
+    torch.testing.assert_close(by_outputs.target(weight), moments.target(weight))
     few = replace(moments, n_tokens=8).target(weight)
     assert (few - weight).norm() < 0.7 * (moments.target(weight) - weight).norm()
 
