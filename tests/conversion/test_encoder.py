@@ -29,7 +29,7 @@ class OneBlock:
         for name, k in ((Q, 256), (DOWN, 192)):
             x = torch.randn(1000, k, generator=torch.Generator().manual_seed(k))
             hessian = x.T @ x / 1000
-            self.seen[name] = Moments(hessian, None, 0.3 * hessian.roll(1, 0), 10**6)
+            self.seen[name] = Moments(hessian, None, 0.3 * hessian.roll(1, 0), n_tokens=10**6)
 
     def pending(self, name):
         return name in self.seen and self.position == 0
