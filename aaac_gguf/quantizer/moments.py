@@ -102,7 +102,8 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     h /= mean  # no factor of H changes the choices; this one keeps squares inside float32
     while True:
         damped = (h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)).float()
-        if not torch.linalg.cholesky_ex(damped.double())[1]:
+        # Mostly float32 tells, which is faster.
+        if any(not torch.linalg.cholesky_ex(damped.to(dtype))[1] for dtype in (torch.float32, torch.float64)):
             return Factor(damped, damping, float(mean))
         damping *= 10
 
