@@ -7,8 +7,10 @@ to BLOCK_COLUMNS wide.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -217,3 +219,59 @@ class Columns:
         indices = grid.nearest_index[grid.cells(runs) + self.selectors[:, None] * CELLS].view_as(self.levels)
         parts = ((indices, torch.uint8), (self.selectors, torch.uint8), (self.codes, torch.int32))
         return Encoded(*(part.T.contiguous().to(dtype) for part, dtype in parts))
+
+
+AnyColumns = TypeVar("AnyColumns", bound=Columns)
+
+
+class FeedbackSearch(ABC, Generic[AnyColumns]):
+    """The search for the values of one tensor with error feedback, one group after the other, for all rows at once."""
+
+    grid: Grid
+    group_size: int
+
+    @abstractmethod
+    def undecided(self, weight: Tensor, rows: Tensor, groups: Tensor) -> AnyColumns:
+        """Return memory for the decisions on `weight` float32 [K, N]: on `rows` of the tensor, groups in that order."""
+
+    @abstractmethod
+    def _best(self, columns: AnyColumns, group: slice, target: Tensor, metric: GroupMetric) -> Candidate:
+        """Return the best encoding that is found for a group of columns of `target` [g, N]."""
+
+    @abstractmethod
+    def _neighbour(self, columns: AnyColumns, group: slice, target: Tensor, metric: GroupMetric) -> Candidate:
+        """Return the best encoding of `target` [g, N] with a scale next to the one that was decided on."""
+
+    @abstractmethod
+    def _write(self, columns: AnyColumns, group: slice, chosen: Candidate) -> None:
+        """Decide on an encoding of a group."""
+
+    def feed_back(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
+        """Decide the groups of a block of columns for the weights `w` [n, N], as earlier errors have moved them.
+
+        `w` may be overwritten. Return U^-T (w - q) [n, N]: times the rows of U it gives the moves of later columns.
+        """
+        errors = torch.empty_like(w)
+        for group, inside in groups_of_block(block, self.group_size):
+            metric = metrics.free[group.start // self.group_size]
+            self._write(columns, group, self._best(columns, group, w[inside], metric))
+            errors[inside] = metric.root @ (w[inside] - columns.q[group])
+            w[inside.stop :].addmm_(metrics.u[group, group.stop : block.stop].T, errors[inside], alpha=-1)
+        return errors
+
+    def sweep(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None:
+        """Decide the groups of a block again, with all other groups as they are, and keep what lowers the error.
+
+        `gradient` [n, N] is H (w - q) at the columns of the block. It may be overwritten.
+        """
+        for group, inside in groups_of_block(block, self.group_size):
+            metric = metrics.fixed[group.start // self.group_size]
+            q, levels, selectors, codes = columns.block(group, self.group_size)
+            now = metric.u @ gradient[inside]
+            kept = Candidate(codes[0], selectors, levels, now.square().sum(0))
+            found = self._neighbour(columns, group, q + metric.u.T @ now, metric)
+            # Rounding in float32 must not let a group go back and forth.
+            kept.take(found.errors < kept.errors * (1 - 1e-5), found)
+            before = q.clone()
+            self._write(columns, group, kept)
+            gradient[inside.start :].addmm_(metrics.hessian[group.start : block.stop, group], q - before, alpha=-1)

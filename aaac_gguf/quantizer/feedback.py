@@ -20,13 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .columns import Columns, LayerMetrics, column_blocks
-from .grid import Encoded, Grid
+from .columns import AnyColumns, FeedbackSearch, LayerMetrics, column_blocks
+from .grid import Encoded
 from .moments import Factor, factor
 
 OUTPUT_DAMPING = 0.6  # as DAMPING, for O, which differs more from text to text
@@ -39,22 +38,12 @@ _ROW_BLOCKS = 16
 _CHUNK_ROWS = {"cpu": 512}
 
 
-AnyColumns = TypeVar("AnyColumns", bound=Columns)
-
-
-class Search(Protocol[AnyColumns]):
-    """The search over the values of one tensor, `search.TorchSearch` or `steps.StepSearch`, which document it."""
-
-    grid: Grid
-    group_size: int
-
-    def undecided(self, weight: Tensor, rows: Tensor, groups: Tensor) -> AnyColumns: ...
-    def feed_back(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor: ...
-    def sweep(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None: ...
-
-
 def feedback(
-    weight: Tensor, inputs: Factor, search: Search[AnyColumns], outputs: Tensor | None = None, sweeps: int = SWEEPS
+    weight: Tensor,
+    inputs: Factor,
+    search: FeedbackSearch[AnyColumns],
+    outputs: Tensor | None = None,
+    sweeps: int = SWEEPS,
 ) -> Encoded:
     """Encode `weight` float32 [N, K] for least error under `inputs`, the damped H, and O, if it is given.
 
@@ -79,7 +68,9 @@ def feedback(
     return Encoded(*(torch.cat([getattr(part, field.name) for part in encoded])[rows] for field in fields(Encoded)))
 
 
-def _decide_columns(weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, search: Search[AnyColumns]) -> None:
+def _decide_columns(
+    weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, search: FeedbackSearch[AnyColumns]
+) -> None:
     """Decide all columns of some rows, `weight` [K, N]."""
     moved = weight.clone()
     for block in column_blocks(len(weight)):
@@ -87,7 +78,9 @@ def _decide_columns(weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, 
         moved[block.stop :].addmm_(metrics.u[block, block.stop :].T, errors, alpha=-1)
 
 
-def _sweep_columns(weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, search: Search[AnyColumns]) -> None:
+def _sweep_columns(
+    weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, search: FeedbackSearch[AnyColumns]
+) -> None:
     """Decide all columns of some rows again, `weight` [K, N], each group with the others as they are."""
     gradient = metrics.hessian @ (weight - columns.q)
     for block in column_blocks(len(weight)):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..files.format import MAX_LEVEL, N_LEVELS, SELECTOR_SIZE
-from .columns import Candidate, Columns, GroupSearch, LayerMetrics, groups_of_block
+from .columns import Candidate, Columns, FeedbackSearch, GroupMetric, GroupSearch
 from .grid import CELLS, CELLS_PER_UNIT, Encoded, Grid, row_chunks, scale_starts
 
 
@@ -51,7 +51,7 @@ class WeightedGroups:
         return error, selectors, scale * product / square.clamp_min(torch.finfo(square.dtype).tiny)
 
 
-class TorchSearch:
+class TorchSearch(FeedbackSearch[Columns]):
     """The search over the values of one grid, in torch.
 
     Methods take weights float32 [N, K] and error weights float32 that are not negative and broadcastable to [N, K].
@@ -134,38 +134,14 @@ class TorchSearch:
         """Return memory for the decisions on `weight` float32 [K, N]: on `rows` of the tensor, groups in that order."""
         return Columns.undecided(weight, self.group_size)
 
-    def feed_back(self, columns: Columns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
-        """Decide the groups of a block of columns for the weights `w` [n, N], as earlier errors have moved them.
+    def _best(self, columns: Columns, group: slice, target: Tensor, metric: GroupMetric) -> Candidate:
+        codes = self.grid.scale_codes(target.abs().amax(0) * self.starts[:, None])
+        return self._groups.best(target, metric, codes)
 
-        `w` may be overwritten. Return U^-T (w - q) [n, N]: times the rows of U it gives the moves of later columns.
-        """
-        errors = torch.empty_like(w)
-        for group, inside in groups_of_block(block, self.group_size):
-            metric = metrics.free[group.start // self.group_size]
-            codes = self.grid.scale_codes(w[inside].abs().amax(0) * self.starts[:, None])
-            self._write(columns, group, self._groups.best(w[inside], metric, codes))
-            errors[inside] = metric.root @ (w[inside] - columns.q[group])
-            w[inside.stop :].addmm_(metrics.u[group, group.stop : block.stop].T, errors[inside], alpha=-1)
-        return errors
-
-    def sweep(self, columns: Columns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None:
-        """Decide the groups of a block again, with all other groups as they are, and keep what lowers the error.
-
-        `gradient` [n, N] is H (w - q) at the columns of the block. It may be overwritten.
-        """
-        last = len(self.grid.scales) - 1
-        for group, inside in groups_of_block(block, self.group_size):
-            metric = metrics.fixed[group.start // self.group_size]
-            q, levels, selectors, codes = columns.block(group, self.group_size)
-            target = q + metric.u.T @ (metric.u @ gradient[inside])
-            kept = Candidate(codes[0], selectors, levels, (metric.root @ (target - q)).square().sum(0))
-            nearby = codes + torch.arange(-2, 3, device=codes.device)[:, None]
-            found = self._groups.try_codes(target, metric, nearby.clamp(1, last))
-            before = q.clone()
-            # Rounding in float32 must not let a group go back and forth.
-            kept.take(found.errors < kept.errors * (1 - 1e-5), found)
-            self._write(columns, group, kept)
-            gradient[inside.start :].addmm_(metrics.hessian[group.start : block.stop, group], q - before, alpha=-1)
+    def _neighbour(self, columns: Columns, group: slice, target: Tensor, metric: GroupMetric) -> Candidate:
+        codes = columns.codes[group.start // self.group_size]
+        nearby = codes + torch.arange(-2, 3, device=codes.device)[:, None]
+        return self._groups.try_codes(target, metric, nearby.clamp(1, len(self.grid.scales) - 1))
 
     @staticmethod
     def round_to_steps(w: Tensor, u: Tensor, steps: Sequence[Tensor], table: Tensor, levels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .columns import Candidate, Columns, GroupMetric, LayerMetrics, groups_of_block
+from .columns import Candidate, Columns, FeedbackSearch, GroupMetric
 from .grid import CELLS, Encoded
 from .kquants import KQuant, Steps, products
 
@@ -30,7 +30,7 @@ class RunColumns(Columns):
     halves: Tensor
 
 
-class StepSearch:
+class StepSearch(FeedbackSearch[RunColumns]):
     """The search over the values that one type with super-blocks has for a tensor.
 
     halves   float16 [N, K / block, P] of all rows
@@ -52,36 +52,17 @@ class StepSearch:
         halves = self.halves[rows][:, groups * self.group_size // self.layout.block].transpose(0, 1)
         return RunColumns(blank.q, blank.levels, torch.zeros_like(blank.selectors), blank.codes, halves)
 
-    def feed_back(self, columns: RunColumns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
-        """Decide the runs of a block of columns, as `TorchSearch.feed_back` does."""
-        errors = torch.empty_like(w)
-        for group, inside in groups_of_block(block, self.group_size):
-            number = group.start // self.group_size
-            metric, halves = metrics.free[number], columns.halves[number]
-            found = self._try(w[inside], metric, halves, self._nearest(self._starts(w[inside]), halves))
-            refined = self._nearest(self._least_squares(w[inside], metric, found.levels), halves)
-            nearby = torch.cat([refined[None], self._nearby(found.codes)[1:]])
-            other = self._try(w[inside], metric, halves, nearby)
-            found.take(other.errors < found.errors, other)
-            self._write(columns, group, found)
-            errors[inside] = metric.root @ (w[inside] - columns.q[group])
-            w[inside.stop :].addmm_(metrics.u[group, group.stop : block.stop].T, errors[inside], alpha=-1)
-        return errors
+    def _best(self, columns: RunColumns, group: slice, target: Tensor, metric: GroupMetric) -> Candidate:
+        halves = columns.halves[group.start // self.group_size]
+        found = self._try(target, metric, halves, self._nearest(self._starts(target), halves))
+        refined = self._nearest(self._least_squares(target, metric, found.levels), halves)
+        other = self._try(target, metric, halves, torch.cat([refined[None], self._nearby(found.codes)[1:]]))
+        found.take(other.errors < found.errors, other)
+        return found
 
-    def sweep(self, columns: RunColumns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None:
-        """Decide the runs of a block again, as `TorchSearch.sweep` does."""
-        for group, _ in groups_of_block(block, self.group_size):
-            number = group.start // self.group_size
-            metric, inside = metrics.fixed[number], slice(group.start - block.start, group.stop - block.start)
-            q, levels, selectors, codes = columns.block(group, self.group_size)
-            now = metric.u @ gradient[inside]
-            kept = Candidate(codes[0], selectors, levels, now.square().sum(0))
-            found = self._try(q + metric.u.T @ now, metric, columns.halves[number], self._nearby(codes[0]))
-            # Rounding in float32 must not let a run go back and forth.
-            kept.take(found.errors < kept.errors * (1 - 1e-5), found)
-            before = q.clone()
-            self._write(columns, group, kept)
-            gradient[inside.start :].addmm_(metrics.hessian[group.start : block.stop, group], q - before, alpha=-1)
+    def _neighbour(self, columns: RunColumns, group: slice, target: Tensor, metric: GroupMetric) -> Candidate:
+        number = group.start // self.group_size
+        return self._try(target, metric, columns.halves[number], self._nearby(columns.codes[number]))
 
     def steps(self, encoded: Encoded) -> Steps:
         """Return the scales of what was decided on all rows."""
