@@ -58,7 +58,8 @@ class Products(TorchFunctionMode):
     has_rows  whether the outputs of the last product that was reported are [..., N], a row for each input
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], observer: Observer):
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], observer: Observer | None = None):
+        """observer: None for a subclass, which overrides `observe`."""
         super().__init__()
         self.keys = by_queries(parameters)
         self.channels = {name: parameters[name].shape[::2] for name in self.keys.values()}  # heads, channels
@@ -69,6 +70,14 @@ class Products(TorchFunctionMode):
         self.parameters = [(name, p) for _, name, p in matrices]
         self.observer = observer
         self.has_rows = True
+
+    def observe(self, name: str, expert: int, inputs: torch.Tensor) -> None:
+        """Take a product's inputs [tokens, K].
+
+        A method of one's own as the observer would be a cycle, in which what was recorded outlives its last use.
+        """
+        assert self.observer
+        self.observer(name, expert, inputs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,10 +119,10 @@ class Products(TorchFunctionMode):
         name, parameter, offset = place
         if parameter.dim() != 3:
             if weight.dim() == 2:
-                self.observer(name, 0, inputs.detach().reshape(-1, inputs.shape[-1]))
+                self.observe(name, 0, inputs.detach().reshape(-1, inputs.shape[-1]))
         elif weight.dim() == 2:
             expert = offset // parameter.stride(0)
-            self.observer(name, expert, inputs.detach().reshape(-1, inputs.shape[-1]))
+            self.observe(name, expert, inputs.detach().reshape(-1, inputs.shape[-1]))
         elif weight.dim() == 3 and weight.stride(0) % parameter.stride(0) == 0:
             by_expert = (
                 inputs.detach().expand(len(weight), *inputs.shape[1:])
@@ -124,7 +133,7 @@ class Products(TorchFunctionMode):
                 rows = x.reshape(-1, x.shape[-1])
                 rows = rows[rows.any(-1)]
                 if len(rows):
-                    self.observer(name, (offset + i * weight.stride(0)) // parameter.stride(0), rows)
+                    self.observe(name, (offset + i * weight.stride(0)) // parameter.stride(0), rows)
 
     def _report_einsum(self, equation: Any, *operands: torch.Tensor) -> None:
         """Report an einsum of two operands as the matrix product that it is."""
@@ -168,7 +177,7 @@ class Products(TorchFunctionMode):
         heads, channels = self.channels[keys]
         queries = outputs.detach().reshape(-1, heads, outputs.shape[-1] // heads)[..., :channels]
         for head in range(heads):
-            self.observer(keys, head, queries[:, head])
+            self.observe(keys, head, queries[:, head])
 
 
 class Activations:

@@ -44,7 +44,7 @@ class InputRecorder(Products):
 
         Stop the forward pass at the parameter `last`, or when the output of `last_sum` has been added to something.
         """
-        super().__init__(parameters, self._record)
+        super().__init__(parameters)
         self.wanted, self.last, self.last_sum = wanted, last, last_sum
         self.dims = {name: p.dim() for name, p in parameters.items()}
         self.inputs: LayerInputs = {}
@@ -74,7 +74,8 @@ class InputRecorder(Products):
             if name == self.last_sum:
                 raise StopForward(total)
 
-    def _record(self, name: str, expert: int, inputs: Tensor) -> None:
+    def observe(self, name: str, expert: int, inputs: Tensor) -> None:
+        """Keep the inputs of a parameter that is wanted."""
         if name not in self.wanted:
             return
         if self.dims[name] == 2:

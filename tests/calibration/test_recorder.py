@@ -1,5 +1,8 @@
 """Keep what a block multiplies its parameters with, once for equal inputs, and sum its second moments."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -57,6 +60,18 @@ def test_only_what_is_wanted_is_recorded(model):
     recorder = run(model, torch.randn(5, 4), wanted=["k.weight"])
     assert list(recorder.inputs) == [("k.weight", 0)]
     assert recorder.same_input_as == {"k.weight": "k.weight"}
+
+
+def test_what_was_recorded_is_freed_at_once(model):
+    """It is hundreds of megabytes for every decoder block, and the garbage collector may wait for many of them."""
+    recorder = run(model, torch.randn(5, 4, requires_grad=True))
+    inputs = weakref.ref(recorder.inputs["o.weight", 0])
+    gc.disable()
+    try:
+        del recorder
+        assert inputs() is None
+    finally:
+        gc.enable()
 
 
 def test_two_products_with_one_parameter_are_joined(model):
