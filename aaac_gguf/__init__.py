@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
     from . import inference as inference
     from .conversion.convert import DryRun, Report
+    from .conversion.measure import MeasureReport
     from .conversion.settings import Settings
     from .files.gguf import GgufFile
     from .quantizer.quantize import QuantizedTensor
     from .reporting.results import Comparison, Verification
 
 __version__ = "0.1.0"
-__all__ = ["card", "compare", "inference", "load", "plan", "quantize", "quantize_tensor", "verify"]
+__all__ = ["card", "compare", "inference", "load", "measure", "plan", "quantize", "quantize_tensor", "verify"]
 
 
 def quantize(
@@ -47,6 +48,8 @@ def quantize(
     split_max_size: int | None = None,
     allow_requantize: bool = False,
     strict: bool = False,
+    moments: str | Path | None = None,
+    base: str | Path | None = None,
     resume: bool = False,
 ) -> Report:
     """Quantize a model to a GGUF file, as `aaac-gguf convert` does.
@@ -54,7 +57,8 @@ def quantize(
     source: a Hugging Face model folder, a full-precision GGUF file, or a model on the Hugging Face Hub ("owner/name").
     calibration: a text file, "bundled" for the text that comes with the package, "self" for tokens that the model
     samples from itself, or "none". The default is "bundled" for a folder and "none" for a GGUF.
-    imatrix: an importance file of llama.cpp instead.
+    imatrix: an importance file of llama.cpp instead. moments: a folder of `measure` instead.
+    base: a finished file of the model. What `tensor_types` names is quantized anew, the rest is copied from it.
     tensor_types: maps regular expressions to types. The other settings: see `conversion.settings.Settings`.
 
     Returns what was made: files, errors by tensor, what calibration did not reach. Raises AaacError, a ValueError, for
@@ -80,8 +84,46 @@ def quantize(
         split_max_size=split_max_size,
         allow_requantize=allow_requantize,
         strict=strict,
+        moments=moments,
+        base=base,
     )
     return convert(_located(source), Path(output), settings, resume)
+
+
+def measure(
+    source: str | Path,
+    output: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    embedding_type: str | None = None,
+    sequences: int = 64,
+    sequence_length: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
+    allow_requantize: bool = False,
+    strict: bool = False,
+) -> MeasureReport:
+    """Run a model's calibration once, and keep it in the folder `output`, as `aaac-gguf measure` does.
+
+    `quantize` with `moments` makes any types and sizes from it, to the same bytes as with the same settings here.
+    embedding_type: measure the embeddings and the output matrix too, if they will have less than 5 bits. The other
+    settings are those of `quantize`. Raises AaacError for bad input.
+    """
+    from .conversion.measure import measure as measure_model
+
+    settings = _settings(
+        calibration=calibration,
+        imatrix=imatrix,
+        embedding_type=embedding_type,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        seed=seed,
+        device=device,
+        allow_requantize=allow_requantize,
+        strict=strict,
+    )
+    return measure_model(_located(source), Path(output), settings)
 
 
 def plan(source: str | Path, output: str | Path, **settings: Any) -> DryRun:
@@ -204,6 +246,8 @@ def _settings(
     tensor_types: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     calibration: str | Path | None = None,
     imatrix: str | Path | None = None,
+    moments: str | Path | None = None,
+    base: str | Path | None = None,
     **others: Any,
 ) -> Settings:
     from .conversion.settings import Settings
@@ -212,6 +256,8 @@ def _settings(
         tensor_types=tuple(tensor_types.items() if isinstance(tensor_types, Mapping) else tensor_types),
         calibration=None if calibration is None else str(calibration),
         imatrix=None if imatrix is None else Path(imatrix),
+        moments=None if moments is None else Path(moments),
+        base=None if base is None else Path(base),
         **others,
     )
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import __version__, card, compare, load, plan, quantize, verify
+from . import __version__, card, compare, load, measure, plan, quantize, verify
 from .errors import AaacError, AaacWarning, escaped
 
 # The flag of each setting that the library's errors name in backquotes.
@@ -30,10 +30,11 @@ FLAGS = {
     "n_ctx": "--ctx",
     "cache_types": "--cache-types",
     "output": "-o",
+    "base": "--from",
 }
 _OTHERS = (
     "imatrix type embedding_type bpw size method seed device split_max_size resume "
-    "text types backend arch plot comparison allow_requantize strict stock"
+    "text types backend arch plot comparison allow_requantize strict stock moments"
 )
 FLAGS |= {name: f"--{name.replace('_', '-')}" for name in _OTHERS.split()}
 
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aaac-gguf", description=about)
     parser.add_argument("--version", action="version", version=f"aaac-gguf {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
-    files = _add_convert, _add_verify, _add_dequantize, _add_inspect, _add_compare, _add_card
+    files = _add_convert, _add_measure, _add_verify, _add_dequantize, _add_inspect, _add_compare, _add_card
     for add in (*files, _add_demo, _add_llama):
         add(verbs)
     return parser
@@ -128,6 +129,9 @@ def _add_convert(verbs: Any) -> None:
          "on the program's own mixed text (bundled), on tokens sampled from the model (self), or not at all "
          "(none); default: bundled for a folder, none for a GGUF")  # fmt: skip
     flag("--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file (GGUF or .dat)")
+    flag("--moments", type=Path, metavar="DIR", help="take the calibration from a folder that `measure` made")
+    flag("--from", dest="base", type=Path, metavar="FILE.gguf", help="a finished file of the same model: only the "
+         "tensors that --tensor-type gives another type are quantized, the others are copied")  # fmt: skip
     flag(
         "--calib-sequences", type=_positive, default=64, metavar="N", help="calibration sequences at most (default 64)"
     )
@@ -172,11 +176,50 @@ def _convert(args: argparse.Namespace) -> None:
         "split_max_size": args.split_max_size,
         "allow_requantize": args.allow_requantize,
         "strict": args.strict,
+        "moments": args.moments,
+        "base": args.base,
     }
     if args.dry_run:
         print(conversions.plan_text(plan(args.source, args.output, **settings)))
     else:
         print(conversions.convert_text(quantize(args.source, args.output, resume=args.resume, **settings)))
+
+
+def _add_measure(verbs: Any) -> None:
+    p = verbs.add_parser("measure", help="run the calibration once, for many conversions with --moments")
+    flag = p.add_argument
+    flag("source", metavar="SRC", help="as in convert")
+    flag("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder to make")
+    flag("--calib", metavar="TEXT", help="as in convert")
+    flag("--imatrix", type=Path, metavar="FILE", help="as in convert")
+    flag("--calib-sequences", type=_positive, default=64, metavar="N", help="as in convert")
+    flag("--calib-length", type=_positive, default=512, metavar="T", help="as in convert")
+    flag("--embedding-type", metavar="TYPE",
+         help="if the embeddings or the output matrix will have less than 5 bits: their type")  # fmt: skip
+    flag("--seed", type=int, default=0, help="as in convert")
+    flag("--device", default="cpu", help="cpu (default) or cuda")
+    flag("--strict", action="store_true", help="as in convert")
+    flag("--allow-requantize", action="store_true", help="as in convert")
+    p.set_defaults(run=_measure)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from .reporting import conversions
+
+    report = measure(
+        args.source,
+        args.output,
+        calibration=args.calib,
+        imatrix=args.imatrix,
+        embedding_type=args.embedding_type,
+        sequences=args.calib_sequences,
+        sequence_length=args.calib_length,
+        seed=args.seed,
+        device=args.device,
+        allow_requantize=args.allow_requantize,
+        strict=args.strict,
+    )
+    print(conversions.measure_text(report))
 
 
 def _add_verify(verbs: Any) -> None:

@@ -186,17 +186,25 @@ class Activations:
     hidden  [blocks, n, T, d] in the model's dtype, indexed by block and batch, filled by `run`
     """
 
-    def __init__(self, blocks: Blocks, sequences: torch.Tensor, n_text: int, folder: Path | None = None):
+    def __init__(
+        self,
+        blocks: Blocks,
+        sequences: torch.Tensor,
+        n_text: int,
+        folder: Path | None = None,
+        measured: bool = False,
+    ):
         """sequences: tokens int64 [n, T], of which the first `n_text` are text.
 
         folder: for the file of `hidden`. Without it only the inputs of one block are kept: [1, n, T, d].
+        measured: the file is there already, from the same model and sequences. Raises AaacError if it does not fit.
         """
         self.blocks, self.sequences, self.n_text = blocks, sequences, n_text
         with torch.no_grad():
             first = blocks.embed(sequences[:1])
         shape = (*sequences.shape, first.shape[-1])
         self.hidden: OnDisk | torch.Tensor = (
-            OnDisk(folder / "activations", (len(blocks), *shape), first.dtype)
+            OnDisk(folder / "activations", (len(blocks), *shape), first.dtype, measured)
             if folder
             else torch.empty(1, *shape, dtype=first.dtype)
         )
@@ -241,13 +249,23 @@ class Activations:
 
 
 class OnDisk:
-    """A tensor [blocks, n, ...] in a new file, read and written by block and batch: `tensor[i, start:stop]`."""
+    """A tensor [blocks, n, ...] in a file, read and written by block and batch: `tensor[i, start:stop]`."""
 
-    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype):
-        """Raise OSError if the disk has no room."""
+    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype, measured: bool = False):
+        """Make the file; if it is `measured` already, open it to be read.
+
+        Raises OSError if the disk has no room, and AaacError if a measured file has another size.
+        """
         self.shape, self.dtype = tuple(shape), dtype
-        self._file = open(path, "w+b")  # noqa: SIM115  until nobody needs the tensor
-        os.posix_fallocate(self._file.fileno(), 0, math.prod(shape) * dtype.itemsize)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        self._file: Any = open(path, "rb" if measured else "w+b")  # noqa: SIM115  until nobody needs the tensor
+        if not measured:
+            os.posix_fallocate(self._file.fileno(), 0, n_bytes)
+        elif (found := os.fstat(self._file.fileno()).st_size) != n_bytes:
+            raise AaacError(
+                f"`moments` {path}: has {found:,} bytes and not {n_bytes:,}: it is cut short, or was measured on a "
+                "`device` that computes in another type; measure again"
+            )
 
     def __len__(self) -> int:
         return self.shape[0]

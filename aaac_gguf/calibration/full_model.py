@@ -6,8 +6,11 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AaacError
@@ -36,19 +39,32 @@ class FullModel:
     batches    the sequences that run together
     """
 
-    def __init__(self, activations: Activations, wanted: Sequence[Collection[str]], folder: Path, seed: int):
+    def __init__(
+        self,
+        activations: Activations,
+        wanted: Sequence[Collection[str]],
+        folder: Path,
+        seed: int,
+        measured: bool = False,
+    ):
         """Sum the products of gradients. The activations have been run; no weight of the model has been replaced.
 
         wanted: the parameters, by block, whose moments will be asked for.
         folder: for the sums, half of float32 [N, N] a parameter.
+        measured: the sums are in the folder already. Raises AaacError if one of their files is cut short.
         """
         self.activations, self.blocks, self.hidden = activations, activations.blocks, activations.hidden
         self.wanted, self.folder = wanted, folder
         self.batches = activations.batches(len(activations.sequences))
+        if measured:
+            for i in range(len(self.blocks)):
+                self._open(i)
+            return
         self.uniform = torch.rand(*activations.sequences.shape, 1, generator=torch.Generator().manual_seed(seed))
         self.gradients = torch.empty(self.hidden.shape[1:], dtype=self.hidden.dtype)
         last = len(self.blocks) - 1
-        for i in progress(range(last, -1, -1), desc="measuring sensitivities", unit="block"):
+        first = next((i for i, parameters in enumerate(wanted) if parameters), last)
+        for i in progress(range(last, first - 1, -1), desc="measuring sensitivities", unit="block"):
             self.blocks.load(i)
             recorder = InputRecorder(self.blocks.parameters(i), wanted[i])
             for batch in self.batches:
@@ -60,7 +76,7 @@ class FullModel:
                         "check the model's weights, or set `feedback` to False"
                     )
                 self.gradients[batch] = gradient
-            torch.save({name: _packed(sums) for name, sums in recorder.outputs.items()}, self._outputs_file(i))
+            save_file({name: _packed(sums) for name, sums in recorder.outputs.items()}, self._outputs_file(i))
 
     def record(self, i: int) -> BlockRecord:
         """Run block i on all sequences and return its products. It must still have its full-precision weights."""
@@ -73,14 +89,22 @@ class FullModel:
                 self.activations.run_block(i, batch, self.hidden[i, batch])
             inputs.append(recorder.inputs)
             sums.append(recorder.sums)
-        outputs = {
-            name: _unpacked(sums).to(self.blocks.model.device)
-            for name, sums in torch.load(self._outputs_file(i)).items()
-        }
+        with self._open(i) as file:
+            outputs = {
+                name: _unpacked(file.get_tensor(name)).to(self.blocks.model.device)
+                for name in file.keys()  # noqa: SIM118  it is no dictionary
+            }
         return BlockRecord(inputs, sums, recorder.same_input_as, outputs)
 
+    def _open(self, i: int) -> Any:
+        """Open the sums of block i. Raises AaacError for a file that is not whole."""
+        try:
+            return safe_open(self._outputs_file(i), framework="pt")
+        except (OSError, SafetensorError) as e:
+            raise AaacError(f"`moments` {self._outputs_file(i)}: cannot be read ({e}); measure again") from None
+
     def _outputs_file(self, i: int) -> Path:
-        return self.folder / f"outputs-{i}"
+        return self.folder / f"outputs-{i}.safetensors"
 
     def _backward(self, i: int, batch: slice, recorder: InputRecorder) -> Tensor:
         """Run block i forward, and backward from `gradients`. Return the gradient at its inputs, [n, T, d]."""

@@ -32,22 +32,36 @@ class BlockMoments:
     drifting  whether any weight before the inputs that come next has been replaced
     """
 
-    def __init__(self, activations: Activations, file: GgufFile, tensors: Sequence[str], folder: Path, seed: int):
+    def __init__(
+        self,
+        activations: Activations,
+        file: GgufFile,
+        tensors: Sequence[str],
+        folder: Path,
+        seed: int,
+        measured: bool = False,
+        replaced: Sequence[str] = (),
+    ):
         """Measure gradients and prepare the walk. The activations have been run; `tensors` will be quantized.
 
-        folder: for the sums of gradients.
+        folder: for the sums of gradients. measured: it has them already.
+        replaced: tensors that are only replaced; nobody asks for their moments.
         """
         self.activations, self.blocks = activations, activations.blocks
-        self.places = TensorPlaces(self.blocks, file, tensors)
-        wanted = [{self.places[name].parameter for name in self.tensors(i)} for i in range(len(self.blocks))]
-        self.full = FullModel(activations, wanted, folder, seed)
+        self.places = TensorPlaces(self.blocks, file, [*tensors, *replaced])
+        only_replaced = set(replaced)
+        wanted = [
+            {self.places[name].parameter for name in self.tensors(i) if name not in only_replaced}
+            for i in range(len(self.blocks))
+        ]
+        self.full = FullModel(activations, wanted, folder, seed, measured)
         self.hidden = activations.hidden[0, :]
         self.position = 0
         self.drifting = False
         self._recorded: tuple[int, BlockRecord] | None = None
 
     def tensors(self, i: int) -> list[str]:
-        """Return the tensors of block i, of those that will be quantized."""
+        """Return the tensors of block i, of those that will be quantized or replaced."""
         return self.places.in_block(i)
 
     def pending(self, name: str) -> bool:

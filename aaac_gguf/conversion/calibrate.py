@@ -59,13 +59,14 @@ class Calibration:
         return self._estimated.moments(name) if self._estimated else None
 
 
-def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
+def calibrate(job: Job, file: GgufFile, folder: Path, measurements: Path | None = None) -> Calibration:
     """Run the model over the calibration tokens if the job wants that; else take what an importance file says.
 
-    folder: for activations and gradients, which take `Job.scratch_bytes`. Raises AaacError for a model that
-    transformers cannot run.
+    A job with measurements has both from them, and only loads the model. folder: for temporary files, which take
+    `Job.scratch_bytes`. measurements: a folder for activations and gradients, if they are to stay. Raises AaacError for
+    a model that transformers cannot run.
     """
-    given, settings = job.calibration, job.settings
+    given, settings, known = job.calibration, job.settings, job.measurements
 
     def done(imatrix: Imatrix) -> Calibration:
         check_coverage(job, imatrix)
@@ -76,8 +77,18 @@ def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
 
     if given.kind in ("none", "imatrix"):
         return done(given.imatrix or Imatrix({}))
+    if known and job.moments != "measured":
+        return done(known.importance)
     folder.mkdir(exist_ok=True)
     model = checkpoint.load_model(job.source, settings.device, exact=False, folder=folder)
+    if known:
+        sequences = known.sequences
+        blocks = Blocks(model, sequences[:1])
+        activations = Activations(blocks, sequences, known.n_text, known.folder, measured=True)
+        moments = BlockMoments(
+            activations, file, job.searched, known.folder, settings.seed, measured=True, replaced=job.replaced
+        )
+        return replace(done(known.importance), measured=moments)
     check_agreement(model, file, job.source)
     tokens = given.tokens
     if tokens is None:
@@ -88,9 +99,11 @@ def calibrate(job: Job, file: GgufFile, folder: Path) -> Calibration:
         return done(importance(model, tokens, file.architecture, file.tensors, dataset))
     n_vocab = min(len(file.get("tokenizer.ggml.tokens", [])), model.get_input_embeddings().num_embeddings)
     sequences = with_random(tokens, n_vocab, settings.seed)
-    activations = Activations(Blocks(model, tokens[:1]), sequences, len(tokens), folder)
+    kept = measurements or folder
+    activations = Activations(Blocks(model, tokens[:1]), sequences, len(tokens), kept)
     squares = Squares()
     activations.run(squares)
     imatrix = squares.imatrix(model, tokens, file.architecture, file.tensors, dataset)
     calibration = done(imatrix)
-    return replace(calibration, measured=BlockMoments(activations, file, job.searched, folder, settings.seed))
+    moments = BlockMoments(activations, file, job.searched, kept, settings.seed, replaced=job.replaced)
+    return replace(calibration, measured=moments)

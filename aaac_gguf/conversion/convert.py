@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 import resource
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gguf import GGMLQuantizationType as T
 
-from ..files.atomic import PARTIAL
+from ..files.gguf import shards
 from ..files.imatrix import Coverage
 from ..files.journal import Journal, Record
 from ..files.output import Output, check_output, check_space
-from ..files.scratch import temporary_folder
+from ..files.scratch import folder_beside, temporary_folder
 from ..models import checkpoint
 from ..models.source import full_precision
 from ..models.weights import check_weights
 from ..progress import progress
 from ..quantizer.moments import DAMPING
+from ..resources import sha256
+from .base import check_base
 from .calibrate import Calibration, calibrate
 from .coverage import coverage
 from .encoder import quantized_tensors
@@ -92,8 +91,10 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
     """
     start = time.monotonic()
     settings.check_device()
-    check_output(out, source)
-    with Journal(out, resume) as journal, _scratch_folder(out) as scratch:
+    for read in (source, settings.base):
+        if read:
+            check_output(out, read)
+    with Journal(out, resume) as journal, folder_beside(out) as scratch:
         # In the first seconds: everything that can be refused without reading the weights.
         with full_precision(source, scratch, header_only=True) as header:
             job = prepare(source, header, settings)
@@ -103,6 +104,11 @@ def convert(source: Path, out: Path, settings: Settings, resume: bool = False) -
             journal.check(fingerprint)
         with full_precision(source, scratch) as file:
             fingerprint["source"] = check_weights(file, job.largest)
+            if job.measurements:
+                job.measurements.check_source(fingerprint["source"], source)
+            if job.base:
+                check_base(job, file)
+                fingerprint["content of the base"] = [sha256(path) for path in shards(job.base.path)]
             journal.check(fingerprint)
             job = keep_exact(job, file)
             calibration = calibrate(job, file, scratch)
@@ -135,6 +141,8 @@ def dry_run(source: Path, out: Path, settings: Settings) -> DryRun:
                 job = keep_exact(job, file)
                 if settings.mixes:
                     settings.check_device()
+                    if job.measurements:
+                        job.measurements.check_source(check_weights(file), source)
                     job = mix(job, file, calibrate(job, file, scratch))
     layout = job.layout(out)
     return DryRun(job.plans, layout.n_bytes, len(layout.shards))
@@ -174,17 +182,3 @@ def _report(
         exact={p.name: p.type for p in job.plans if p.rounding == Rounding.EXACT or p.type in BY_NATURE},
         left_out=checkpoint.left_out(job.source),
     )
-
-
-@contextmanager
-def _scratch_folder(out: Path) -> Iterator[Path]:
-    """Name a folder for temporary files beside the output, and remove it at the end.
-
-    By its name the next conversion removes what a killed one left.
-    """
-    folder = out.with_name(f"{out.name}{PARTIAL}.source")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

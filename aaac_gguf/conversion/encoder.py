@@ -29,12 +29,19 @@ def quantized_tensors(
 ) -> Iterator[tuple[str, TensorResult]]:
     """Yield every tensor that `output` does not have yet, one at a time.
 
-    Tensors with measured moments come in the order in which the model multiplies with them, since each is calibrated on
-    what the quantized ones before it compute.
+    Those that are kept from a finished file come first, since what they compute is known. Tensors with measured moments
+    come in the order in which the model multiplies with them, since each is calibrated on what the quantized ones
+    before it compute.
     """
     plans = {plan.name: plan for plan in job.plans}
     done = set(output.finished)
+    for name, plan in plans.items():
+        if plan.rounding == Rounding.KEPT and name not in done:
+            done.add(name)
+            yield name, encode(plan, job, file, calibration)
     for name in plans:
+        if name in done:
+            continue
         while calibration.measured and calibration.measured.pending(name):
             for ready, result in _decoder_block(job, file, calibration, output):
                 done.add(ready)
@@ -46,7 +53,10 @@ def quantized_tensors(
 def _decoder_block(
     job: Job, file: GgufFile, calibration: Calibration, output: Output
 ) -> Iterator[tuple[str, TensorResult]]:
-    """Quantize the matrices of the next decoder block. What an interrupted run finished of it is read back."""
+    """Quantize the matrices of the next decoder block.
+
+    What an interrupted run finished of it, or a finished file has of it, is read back.
+    """
     measured = calibration.measured
     assert measured
     plans = {plan.name: plan for plan in job.plans}
@@ -60,6 +70,10 @@ def _decoder_block(
             measured.replace(name, read_back(name))
         measured.advance()
         return
+    if kept := [name for name in names if plans[name].rounding == Rounding.KEPT]:
+        measured.record(measured.position)  # while the weights are those of the full model
+        for name in kept:
+            measured.replace(name, read_back(name))
     for layer in measured.layers():
         for name, moments in layer.items():
             if name in output.finished:
@@ -83,6 +97,9 @@ def encode(
     """
     if plan.rounding == Rounding.COPY:
         return file.tensors[plan.name].data, Record(plan.rounding, file.codecs.get(plan.name))
+    if plan.rounding == Rounding.KEPT:
+        assert job.base
+        return job.base.tensors[plan.name].data, Record(plan.rounding, job.base.codecs.get(plan.name))
     if plan.rounding == Rounding.EXACT:
         exact = encode_exactly(load_weight(file, plan.name, "cpu"), DTYPES[plan.source_type], plan.type)
         assert exact, plan.name  # the plan says so

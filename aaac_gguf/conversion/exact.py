@@ -57,7 +57,7 @@ def may_be_exact(source: Path) -> bool:
 
 
 def _exact(plan: TensorPlan, job: Job, file: GgufFile) -> TensorPlan:
-    copied = plan.rounding == Rounding.COPY or plan.type in PLAIN_TYPES
+    copied = plan.rounding in (Rounding.COPY, Rounding.KEPT) or plan.type in PLAIN_TYPES
     if copied or plan.source_type not in PLAIN_TYPES or plan.reason.startswith(ASKED_FOR):
         return plan
     n_first = 1 if len(plan.shape) > 2 else min(_FIRST_ROWS, plan.shape[0])

@@ -18,13 +18,15 @@ from ..calibration.recorder import MAX_OUTPUTS
 from ..calibration.tokens import RANDOM_SHARE, check_ids, fitting_length, text_tokens
 from ..errors import AaacError, warn
 from ..files import format as fmt
-from ..files.gguf import GgufFile, Metadata, Value, field_values
+from ..files.gguf import GgufFile, Metadata, Value, field_values, read_model
 from ..files.imatrix import Imatrix, read_imatrix
 from ..files.layout import Layout, lay_out
 from ..models import checkpoint
 from ..quantizer.types import TENSOR_TYPES
 from ..resources import CALIBRATION_TEXT, sha256
-from .plan import TensorPlan, make_plan, unknown_integers
+from .measurements import Measurements
+from .plan import Rounding, TensorPlan, make_plan, unknown_integers
+from .recipes import EMBEDDINGS, PLAIN_TYPES
 from .settings import CalibrationKind, MomentsKind, Settings
 
 
@@ -56,6 +58,8 @@ class Job:
     calibration  what it calibrates on; nothing if no tensor is rounded by search
     plans        the output's tensors in order
     metadata     the output's, but for the codecs
+    measurements what an earlier run measured, in place of a calibration
+    base         the finished file from which tensors are kept
     """
 
     source: Path
@@ -64,11 +68,22 @@ class Job:
     calibration: CalibrationInput
     plans: tuple[TensorPlan, ...]
     metadata: Metadata
+    measurements: Measurements | None = None
+    base: GgufFile | None = None
 
     @property
     def searched(self) -> list[str]:
         """Return the names of the tensors that are rounded by search."""
         return [p.name for p in self.plans if p.is_searched]
+
+    @property
+    def replaced(self) -> list[str]:
+        """Return the names of the quantized tensors that are kept, whose errors the matrices after them make up for."""
+        return [
+            p.name
+            for p in self.plans
+            if p.rounding == Rounding.KEPT and p.type not in PLAIN_TYPES and p.name not in EMBEDDINGS
+        ]
 
     def layout(self, out: Path) -> Layout:
         """Return the files of the output and the place of every tensor in them."""
@@ -95,7 +110,8 @@ class Job:
     @property
     def largest(self) -> dict[str, float]:
         """Return the largest magnitude that each tensor's type can hold, for the tensors that change their type."""
-        return {p.name: TENSOR_TYPES[p.type].largest for p in self.plans if p.type != p.source_type}
+        changed = (p for p in self.plans if p.rounding not in (Rounding.COPY, Rounding.KEPT))
+        return {p.name: TENSOR_TYPES[p.type].largest for p in changed}
 
     def without_calibration(self) -> Job:
         """Return the same job for plans in which nothing is left to be rounded by search."""
@@ -104,15 +120,18 @@ class Job:
         return replace(self, moments="none", calibration=_NOTHING, metadata=metadata)
 
     def scratch_bytes(self, header: GgufFile) -> int:
-        """Return the disk space for temporary files: a folder's weights as GGUF, activations and sums of gradients."""
-        weights = header.n_bytes if self.source.is_dir() else 0
-        if self.moments != "measured":
-            return weights
+        """Return the disk space for temporary files: a folder's weights as GGUF, and what the calibration takes."""
+        return (header.n_bytes if self.source.is_dir() else 0) + self.calibration_bytes(header)
+
+    def calibration_bytes(self, header: GgufFile) -> int:
+        """Return the disk space for activations and sums of gradients."""
+        if self.moments != "measured" or self.measurements:
+            return 0
         n_blocks, width = (int(header.setting(key, 0)) for key in ("block_count", "embedding_length"))
         n_tokens = int(self.calibration.n_tokens * (1 + RANDOM_SHARE))
         rows = [p.shape[-2] for p in self.plans if p.is_searched and len(p.shape) == 2]
         outputs = sum(n * (n + 1) // 2 for n in rows if n <= MAX_OUTPUTS)
-        return weights + 4 * ((n_blocks + 1) * n_tokens * width + outputs)
+        return 4 * ((n_blocks + 1) * n_tokens * width + outputs)
 
 
 def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
@@ -121,9 +140,13 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
     header: the full-precision GGUF, of which no tensor data is read. Raises AaacError for bad input of every kind that
     shows before the weights are read.
     """
+    measurements = Measurements.open(settings.moments) if settings.moments else None
+    if measurements:
+        settings = measurements.applied(settings)
     settings = _for_encoders(source, header, settings)
+    base = read_model(settings.base) if settings.base else None
     calibrated = settings.calibration_kind(source) != "none"
-    plans = make_plan(header, settings, settings.moments_kind(source), calibrated)
+    plans = make_plan(header, settings, settings.moments_kind(source), calibrated, base)
     if unknown := unknown_integers(header):
         warn(f"{source}: left out, since llama.cpp knows no such tensors: {', '.join(unknown)}")
     is_calibrated = any(p.is_searched for p in plans)
@@ -131,15 +154,26 @@ def prepare(source: Path, header: GgufFile, settings: Settings) -> Job:
     if is_calibrated and settings.calibration_kind(source) in ("self", "text"):
         length = fitting_length(header, settings.sequence_length, "sequence_length")
         settings = replace(settings, sequence_length=length)
-    calibration = _calibration_input(source, header, settings) if is_calibrated else _NOTHING
-    metadata = output_metadata(header, settings.recipe.file_type)
+    calibration = _NOTHING
+    if measurements and is_calibrated:
+        searched = [p.name for p in plans if p.is_searched]
+        measurements.check_tensors(searched, ["token_embd.weight"] if "output.weight" in header.tensors else [])
+        given = measurements.importance if measurements.kind == "imatrix" else None
+        calibration = CalibrationInput(
+            measurements.kind, measurements.description, measurements.n_tokens, imatrix=given
+        )
+    elif is_calibrated:
+        calibration = _calibration_input(source, header, settings)
+    metadata = base_metadata(base) if base else output_metadata(header, settings.recipe.file_type)
     if is_calibrated:
         description = {**calibration.description, "method": settings.method, "feedback": moments}
+        if base:
+            description["others"] = base.get(fmt.KEY_CALIBRATION)
         metadata[fmt.KEY_QUANTIZER] = Value(f"aaac-gguf {__version__}", GGUFValueType.STRING)
         metadata[fmt.KEY_CALIBRATION] = Value(json.dumps(description), GGUFValueType.STRING)
     if calibration.imatrix and settings.imatrix:
         metadata |= _imatrix_metadata(calibration.imatrix, settings.imatrix)
-    return Job(source, settings, moments, calibration, plans, metadata)
+    return Job(source, settings, moments, calibration, plans, metadata, measurements, base)
 
 
 def _for_encoders(source: Path, header: GgufFile, settings: Settings) -> Settings:
@@ -163,6 +197,13 @@ def output_metadata(file: GgufFile, file_type: int) -> dict[str, Value]:
     kept["general.file_type"] = Value(int(file_type), GGUFValueType.UINT32)
     kept["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32)
     return kept
+
+
+def base_metadata(base: GgufFile) -> dict[str, Value]:
+    """Return the metadata of a finished file that is kept in part, without what belongs to its shards and codecs."""
+    of_calibration = (fmt.KEY_QUANTIZER, fmt.KEY_CALIBRATION)
+    values = field_values(base.fields).items()
+    return {key: v for key, v in values if not key.startswith(("split.", "aaac.")) or key in of_calibration}
 
 
 def _imatrix_metadata(imatrix: Imatrix, path: Path) -> dict[str, Value]:

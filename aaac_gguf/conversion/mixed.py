@@ -28,6 +28,7 @@ from ..quantizer.quantize import quantize
 from ..quantizer.types import TENSOR_TYPES
 from .calibrate import Calibration
 from .job import Job
+from .measurements import Measurements, TypeErrors
 from .plan import ASKED_FOR, TensorPlan, bits_per_weight, plan_rounding
 from .recipes import EMBEDDINGS
 from .settings import Settings
@@ -73,6 +74,7 @@ def mix(job: Job, file: GgufFile, calibration: Calibration) -> Job:
         moments_of,
         calibration.importance,
         settings,
+        job.measurements,
     )
     chosen = choose(options, budget)
     setting = "bpw" if settings.bpw is not None else "size"
@@ -117,37 +119,59 @@ def measure(
     moments_of: Callable[[str], Moments | None],
     importance_of: Callable[[str, Tensor], Tensor | None],
     settings: Settings,
+    measurements: Measurements | None = None,
 ) -> dict[str, list[TypeOption]]:
     """Return what every type that fits costs each matrix, smallest first, by quantizing its weights.
+
+    What `measurements` have is taken from there, and what they lack is added to them.
 
     weight_of: float32 [N, K] or [E, N, K] by name. importance_of: of a matrix without moments, by name and weights.
     Where gradients are not known, the relative error of the weights counts, times the median of the loss that it means
     in the other matrices: for experts, matrices of too many outputs, and all matrices under synthetic moments.
     """
-    errors: dict[str, dict[T, float]] = {}  # relative, of the weights
-    losses: dict[str, dict[T, float]] = {}
+    found: dict[str, TypeErrors] = {}
     for plan in progress(plans, desc="measuring types", unit="tensor"):
-        weight = weight_of(plan.name)
-        seen = moments_of(plan.name)
-        hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
-        importance = None if seen else importance_of(plan.name, weight)
-        # The divergence at a relative error of 1, all of the matrix gone.
-        stake = None if hessian is None or outputs is None else output_error(weight, hessian, outputs) / 2
-        errors[plan.name] = {}
-        for ggml_type in candidates(plan.shape[-1], settings.stock):
-            result = quantize(weight, ggml_type, importance, hessian, outputs, seed=settings.seed)
-            errors[plan.name][ggml_type] = result.relative_error
-            if stake is not None:
-                losses.setdefault(plan.name, {})[ggml_type] = result.weighted_error * stake
-    per_error = [loss / errors[name][t] for name in losses for t, loss in losses[name].items() if errors[name][t]]
+        types = candidates(plan.shape[-1], settings.stock)
+        known = measurements.types.get(plan.name, {}) if measurements else {}
+        if missing := [t for t in types if t not in known]:
+            new = _type_errors(plan.name, missing, weight_of, moments_of, importance_of, settings.seed)
+            known = known | new
+            if measurements:
+                measurements.add_types(plan.name, new)
+        found[plan.name] = {t: known[t] for t in types}
+    of_all = [errors for of_tensor in found.values() for errors in of_tensor.values()]
+    per_error = [loss / error for error, loss in of_all if loss is not None and error]
     typical = median(per_error) if per_error else 1.0
     return {
         p.name: [
-            TypeOption(t, tensor_bytes(p.shape, t), losses[p.name][t] if p.name in losses else typical * error)
-            for t, error in errors[p.name].items()
+            TypeOption(t, tensor_bytes(p.shape, t), typical * error if loss is None else loss)
+            for t, (error, loss) in found[p.name].items()
         ]
         for p in plans
     }
+
+
+def _type_errors(
+    name: str,
+    types: Sequence[T],
+    weight_of: Callable[[str], Tensor],
+    moments_of: Callable[[str], Moments | None],
+    importance_of: Callable[[str, Tensor], Tensor | None],
+    seed: int,
+) -> TypeErrors:
+    """Return the relative error of a matrix's weights as each type, and its loss if its gradients are known."""
+    weight = weight_of(name)
+    seen = moments_of(name)
+    hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
+    importance = None if seen else importance_of(name, weight)
+    # The divergence at a relative error of 1, all of the matrix gone.
+    stake = None if hessian is None or outputs is None else output_error(weight, hessian, outputs) / 2
+    errors: TypeErrors = {}
+    for ggml_type in types:
+        result = quantize(weight, ggml_type, importance, hessian, outputs, seed=seed)
+        loss = None if stake is None else float(result.weighted_error * stake)
+        errors[ggml_type] = float(result.relative_error), loss
+    return errors
 
 
 def choose(options: Mapping[str, Sequence[TypeOption]], budget: int) -> dict[str, TypeOption] | None:

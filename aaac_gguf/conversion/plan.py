@@ -41,6 +41,7 @@ class Rounding(StrEnum):
     """The ways in which a tensor's weights become those of its type."""
 
     COPY = "copy"  # as they are
+    KEPT = "kept"  # as a finished file has them
     EXACT = "exact"  # found to be 4-bit by nature, and encoded without loss
     NEAREST = "nearest"  # each to the nearest value, as llama-quantize does without an importance matrix
     IMPORTANCE = "importance"  # searched for the least error under the importance of the inputs
@@ -82,7 +83,8 @@ class TensorPlan:
     @property
     def is_searched(self) -> bool:
         """Return whether it is rounded by search."""
-        return self.rounding != Rounding.EXACT and is_searched(self.name, self.source_type, self.type)
+        kept = self.rounding in (Rounding.EXACT, Rounding.KEPT)
+        return not kept and is_searched(self.name, self.source_type, self.type)
 
 
 def is_searched(name: str, source_type: T, ggml_type: T) -> bool:
@@ -121,13 +123,18 @@ def parse_override(pattern: str, type_name: str) -> Override:
 
 
 def make_plan(
-    source: GgufFile, settings: Settings, moments: MomentsKind, calibrated: bool = True
+    source: GgufFile,
+    settings: Settings,
+    moments: MomentsKind,
+    calibrated: bool = True,
+    base: GgufFile | None = None,
 ) -> tuple[TensorPlan, ...]:
     """Decide the type and the rounding of every tensor, and their order in the file.
 
     moments: what error feedback has to go by. calibrated: whether the importance of inputs is known.
-    Raises AaacError for an override that makes no sense or matches no tensor, and for a source that is quantized to
-    less than 8 bits, unless settings allow it.
+    base: a finished file, which keeps the tensors to which no override gives another type.
+    Raises AaacError for an override that makes no sense or matches no tensor, for a source that is quantized to less
+    than 8 bits, unless settings allow it, and for a base of another model.
     """
     check_quantized(source, settings.allow_requantize)
     of_recipe = settings.recipe.types(source, calibrated)
@@ -142,11 +149,18 @@ def make_plan(
             continue
         shape = tuple(int(n) for n in reversed(tensor.shape))
         wanted, reason = _wanted(name, shape, tensor.tensor_type, of_recipe[name], settings)
+        asked_for = False
         for override in overrides if is_matrix(name, shape, tensor.tensor_type) else ():
             if override.pattern.search(name):
                 used.add(override)
+                asked_for = True
                 wanted, reason = override.type, f"{ASKED_FOR}{override.pattern.pattern}"
         fitting = _fitting(wanted, shape[-1], tensor.tensor_type, settings.recipe)
+        if base:
+            in_base = _type_in(base, name, shape)
+            if not asked_for or fitting == in_base:
+                plans.append(TensorPlan(name, shape, tensor.tensor_type, in_base, Rounding.KEPT, ""))
+                continue
         if fitting != wanted:
             blocks = f"whole {wanted.name} blocks of {GGML_QUANT_SIZES[wanted][0]}"
             reason = f"fallback: rows of {shape[-1]} are not {blocks}"
@@ -156,9 +170,27 @@ def make_plan(
         if override not in used:
             text = f"{override.pattern.pattern}={override.type.name}"
             raise AaacError(f"`tensor_types` {text}: matches no matrix; see their names with a dry run")
+    if base and (others := base.tensors.keys() - {p.name for p in plans}):
+        raise AaacError(f"`base` {base.path}: tensor {min(others)} is not in {source.path}; is it of another model?")
+    if base and all(p.rounding == Rounding.KEPT for p in plans):
+        raise AaacError(f"`base` {base.path}: has what `tensor_types` asks for already; ask for other types")
     # Decoder blocks in the order in which the model runs them (checkpoints may have them as 0, 1, 10, 11, 2), then the
     # rest.
     return tuple(sorted(plans, key=lambda p: block_number(p.name, 1 << 30)))
+
+
+def _type_in(base: GgufFile, name: str, shape: tuple[int, ...]) -> T:
+    """Return a tensor's type in a finished file.
+
+    Raises AaacError if it is not there in this shape, or cannot be decoded.
+    """
+    if base.shapes.get(name) != shape:
+        what = "has another shape" if name in base.shapes else "is missing"
+        raise AaacError(f"`base` {base.path}: tensor {name} {what}; is it of another model?")
+    ggml_type = base.tensors[name].tensor_type
+    if ggml_type not in (*PLAIN_TYPES, *NOT_WEIGHTS) and not _decodable(ggml_type):
+        raise AaacError(f"`base` {base.path}: tensor {name} is {ggml_type.name}, which cannot be decoded here")
+    return ggml_type
 
 
 def _fitting(wanted: T, n_per_row: int, source_type: T, recipe: Recipe) -> T:

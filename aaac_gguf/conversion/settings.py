@@ -40,6 +40,8 @@ class Settings:
     size             the same as bytes of all files together
     stock            mixed precision from types that every llama.cpp runs
     split_max_size   bytes of tensor data in each file, at most; None for one file
+    moments          a folder of `measure` instead of a calibration
+    base             a finished file of the model, of which only `tensor_types` is quantized anew; the rest is copied
     strict           make a calibration that does not reach enough of the weights an error
     allow_requantize quantize a GGUF again that is quantized to less than 8 bits, or to AAAC types
     """
@@ -61,6 +63,8 @@ class Settings:
     split_max_size: int | None = None
     allow_requantize: bool = False
     strict: bool = False
+    moments: Path | None = None
+    base: Path | None = None
 
     def __post_init__(self) -> None:
         """Raise AaacError for settings that exclude each other or make no sense."""
@@ -72,6 +76,13 @@ class Settings:
             raise AaacError("`stock`: is for `bpw` and `size`; otherwise choose a `type` that every llama.cpp runs")
         if self.mixes and parse_recipe(self.type).type not in fmt.TYPES_BY_ID:
             raise AaacError(f"`type` {self.type}: `bpw` and `size` choose the types; leave it out, or set `stock`")
+        if self.base is not None:
+            default = Settings()
+            for name in ("type", "embedding_type", "bpw", "size"):
+                if getattr(self, name) != getattr(default, name):
+                    raise AaacError(f"`base` and `{name}`: give one of them; `tensor_types` names what is made anew")
+            if not self.tensor_types:
+                raise AaacError(f"`base` {self.base}: say with `tensor_types` what is to be quantized anew")
         if self.method not in ("aaac", "paper"):
             raise AaacError(f"`method` {self.method}: choose aaac or paper")
         for name in ("sequences", "sequence_length", "bpw", "size", "split_max_size"):

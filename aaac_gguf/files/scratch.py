@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import AaacError
 from ..resources import cache_dir
+from .atomic import PARTIAL
 
 # A disk with less room than this has made whatever was writing to it fail.
 _FULL = 1 << 20
@@ -43,6 +44,20 @@ def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
             if kept == str(e):
                 raise
             raise AaacError(kept) from None
+
+
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """Name a folder for temporary files beside an output that nobody else writes, and remove it at the end.
+
+    By its name the next run removes what a killed one left.
+    """
+    folder = out.with_name(f"{out.name}{PARTIAL}.source")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_room(folder: Path, n_bytes: int) -> None:

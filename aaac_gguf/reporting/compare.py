@@ -20,6 +20,7 @@ from ..calibration import tokens as tokens_module
 from ..conversion.calibrate import calibrate
 from ..conversion.convert import convert
 from ..conversion.job import prepare
+from ..conversion.measure import MeasureReport, measure
 from ..conversion.plan import check_quantized, make_plan
 from ..conversion.recipes import RECIPES
 from ..conversion.settings import Settings
@@ -123,10 +124,13 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
             result.perplexities[text.name] = perplexity
             result.cache_scores[text.name] = _cache_scores(full.path, text, base, options)
         imatrix: tuple[Path | None, float] | None = None
+        measured: MeasureReport | None = None
         for file in progress(candidates(types, folder, stem), desc="comparing", unit="file"):
             seconds = None
             if file.program == "aaac-gguf":
-                seconds = convert(source, file.path, replace(options.settings, type=file.type)).seconds
+                measured = measured or measure(source, scratch / "moments", options.settings)
+                settings = replace(options.settings, type=file.type, moments=measured.folder)
+                seconds = measured.seconds + convert(source, file.path, settings).seconds
             elif file.program == "llama-quantize":
                 imatrix = imatrix or measure_imatrix(source, full, options.settings, folder / f"{stem}-imatrix.gguf")
                 embedding_type = fitting_embedding_type(full, options.settings)

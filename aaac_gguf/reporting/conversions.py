@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from ..conversion.convert import DryRun, Report
 from ..conversion.coverage import in_short
+from ..conversion.measure import MeasureReport
 from ..conversion.plan import TensorPlan
+from ..files.imatrix import Coverage
 from .tables import shape_text, table
 
 
@@ -49,9 +51,7 @@ def convert_text(report: Report) -> str:
     for ggml_type in dict.fromkeys(report.exact.values()):
         names = in_short(name for name, t in report.exact.items() if t == ggml_type)
         lines.append(f"4-bit by nature, stored without loss as {ggml_type.name}: {names}")
-    if report.coverage and report.coverage.missed:
-        share = f"calibration reached {100 * report.coverage.share:.2f} % of the weights"
-        lines.append(f"{share}; not reached: {', '.join(report.coverage.missed)}")
+    lines += _not_reached(report.coverage)
     for rounding in dict.fromkeys(report.unmeasured.values()):
         names = in_short(name for name, how in report.unmeasured.items() if how == rounding)
         lines.append(f"no measured moments, rounded by {rounding.value}: {names}")
@@ -66,3 +66,17 @@ def convert_text(report: Report) -> str:
     if report.left_out:
         lines.append(report.left_out)
     return "\n".join(lines)
+
+
+def measure_text(report: MeasureReport) -> str:
+    """Return size, time and memory of a measurement, and what of the model it did not reach."""
+    peak = f"peak memory {report.peak_bytes / 2**30:.2f} GiB"
+    wrote = f"wrote {report.folder}: {report.n_bytes:,} bytes in {report.seconds:.1f} s, {peak}"
+    return "\n".join([wrote, *_not_reached(report.coverage)])
+
+
+def _not_reached(coverage: Coverage | None) -> list[str]:
+    if not coverage or not coverage.missed:
+        return []
+    share = f"calibration reached {100 * coverage.share:.2f} % of the weights"
+    return [f"{share}; not reached: {', '.join(coverage.missed)}"]

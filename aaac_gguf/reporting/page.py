@@ -69,7 +69,7 @@ def render(result: Comparison) -> str:
         "<h2>Size, time and speed</h2>",
         _table(*tables.files_table(result)),
         _note(
-            "Quantizing time includes calibration. "
+            "Quantizing time includes calibration, whose sweeps all types of aaac-gguf share. "
             "Speed by llama-bench: a prompt of 512 tokens, and 128 tokens generated."
         ),
         "<h2>Error of each tensor</h2>",

@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_whole_model(model, tmp_path):
     uniform = torch.rand(*tokens.shape, 1, generator=torch.Generator().manual_seed(3))
     drawn = (logits.detach().softmax(-1).cumsum(-1) < uniform).sum(-1)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
-    torch.testing.assert_close(full.gradients, inputs[0], atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(full.gradients, inputs[1], atol=1e-6, rtol=1e-3)
     g = torch.cat(outputs).flatten(0, 1)
     torch.testing.assert_close(record.outputs[DOWN] / len(g), g.T @ g / len(g), atol=1e-6, rtol=1e-3)
 

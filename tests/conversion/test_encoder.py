@@ -18,29 +18,31 @@ from aaac_gguf.models.weights import load_weight
 from aaac_gguf.quantizer.moments import Moments
 from aaac_gguf.quantizer.quantize import quantize
 
-Q, DOWN = "blk.0.attn_q.weight", "blk.0.ffn_down.weight"
+Q, DOWN, K = "blk.0.attn_q.weight", "blk.0.ffn_down.weight", "blk.0.attn_k.weight"
 
 
-class OneBlock:
-    """Stands in for `BlockMoments`: one block that multiplies with attn_q, then with ffn_down, and notes its calls."""
+class TwoBlocks:
+    """Stands in for `BlockMoments`: attn_q, then ffn_down in one block, attn_k in the next; and notes its calls."""
+
+    BLOCKS = ((Q, DOWN), (K,))
 
     def __init__(self):
         self.position, self.events, self.seen = 0, [], {}
-        for name, k in ((Q, 256), (DOWN, 192)):
+        for name, k in ((Q, 256), (DOWN, 192), (K, 96)):
             x = torch.randn(1000, k, generator=torch.Generator().manual_seed(k))
             hessian = x.T @ x / 1000
             self.seen[name] = Moments(hessian, None, 0.3 * hessian.roll(1, 0), n_tokens=10**6)
 
     def pending(self, name):
-        return name in self.seen and self.position == 0
+        return name in self.seen and any(name in block for block in self.BLOCKS[self.position :])
 
     def tensors(self, number):
-        return list(self.seen)
+        return [name for name in self.BLOCKS[number] if name in self.seen]
 
     def layers(self):
-        for name, seen in self.seen.items():
+        for name in self.tensors(self.position):
             self.events.append(("layer", name, None))
-            yield {name: seen}
+            yield {name: self.seen[name]}
         self.advance()
 
     def replace(self, name, weight):
@@ -48,7 +50,7 @@ class OneBlock:
 
     def advance(self):
         self.events.append(("advance", "", None))
-        self.position = 1
+        self.position += 1
 
     @property
     def replaced(self):
@@ -77,16 +79,18 @@ def run(file, tmp_path):
 
 
 def test_a_block_is_quantized_in_the_order_of_its_products(file, run):
-    moments = OneBlock()
+    moments = TwoBlocks()
     made = run(moments)
     expected_events = [("layer", Q), ("replace", Q), ("layer", DOWN), ("replace", DOWN), ("advance", "")]
+    expected_events += [("layer", K), ("replace", K), ("advance", "")]
     assert [event[:2] for event in moments.events] == expected_events
     for name, weight in moments.replaced:
         seen, full = moments.seen[name], load_weight(file, name, "cpu")
-        expected = quantize(seen.target(full), T["AAAC4_G16"], None, seen.inputs)
+        ggml_type = T.IQ4_NL if name == K else T["AAAC4_G16"]
+        expected = quantize(seen.target(full), ggml_type, None, seen.inputs)
         data, record = made[name]
         np.testing.assert_array_equal(data, expected.data)
-        np.testing.assert_array_equal(weight, gguf_io.dequantize(data, T["AAAC4_G16"], record.codec))
+        np.testing.assert_array_equal(weight, gguf_io.dequantize(data, ggml_type, record.codec))
         assert record.rounding == Rounding.FEEDBACK
         assert not torch.allclose(seen.target(full), full, atol=0.01)
     assert made["blk.0.attn_norm.weight"][1].rounding == Rounding.COPY
@@ -95,21 +99,28 @@ def test_a_block_is_quantized_in_the_order_of_its_products(file, run):
 
 @pytest.mark.parametrize("finished", [[Q], [Q, DOWN]])
 def test_what_is_written_is_put_in_place_and_not_made_again(run, finished):
-    first, moments = OneBlock(), OneBlock()
+    first, moments = TwoBlocks(), TwoBlocks()
     made = run(first)
-    assert moments.pending(DOWN)
     again = run(moments, {name: made[name] for name in finished})
-    assert [name for name, _ in moments.replaced] == [Q, DOWN]
+    assert [name for name, _ in moments.replaced] == [Q, DOWN, K]
     for (_, a), (_, b) in zip(first.replaced, moments.replaced, strict=True):
         assert torch.equal(a, b)
     assert set(again) == set(made) - set(finished)
-    assert any(kind == "layer" for kind, _, _ in moments.events) == (len(finished) == 1)
-    assert moments.events[-1][0] == "advance"
+    asked = [name for kind, name, _ in moments.events if kind == "layer"]
+    assert asked == ([Q, DOWN, K] if len(finished) == 1 else [K])
+
+
+def test_nothing_runs_after_the_last_tensor_that_is_not_finished(run):
+    first, moments = TwoBlocks(), TwoBlocks()
+    made = run(first)
+    run(moments, {name: made[name] for name in (Q, DOWN, K)})
+    assert moments.events == []
 
 
 def test_without_moments_importance_decides(file, run):
     """A matrix that the model never multiplied with is rounded as the type's next best way, and the record says so."""
-    moments = OneBlock()
+    moments = TwoBlocks()
+    del moments.seen[K]
     del moments.seen[DOWN]
     made = run(moments)
     assert made[DOWN][1].rounding == Rounding.IMPORTANCE
