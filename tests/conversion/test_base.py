@@ -88,13 +88,13 @@ def test_new_tensors_make_up_for_the_errors_of_those_that_are_kept(demo_finished
     """As if all had been quantized now: the same bytes as in a conversion in which it has the new type at once."""
     seen = []
     replace = BlockMoments.replace
-    monkeypatch.setattr(BlockMoments, "replace", lambda self, name, w: seen.append(name) or replace(self, name, w))
     out, direct = tmp_path / "out.gguf", tmp_path / "direct.gguf"
-    assert convert(resources.MODEL, out, *CALIBRATION, "--from", demo_finished, "--tensor-type", f"{NEW}=Q5_0") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockMoments, "replace", lambda self, name, w: seen.append(name) or replace(self, name, w))
+        assert convert(resources.MODEL, out, *CALIBRATION, "--from", demo_finished, "--tensor-type", f"{NEW}=Q5_0") == 0
     parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")
     assert sorted(seen) == sorted(f"blk.{i}.{part}.weight" for i in (0, 1) for part in parts)
     assert seen[-1] == NEW
-    monkeypatch.undo()
     assert convert(resources.MODEL, direct, *CALIBRATION, *TYPES, "--tensor-type", f"{NEW}=Q5_0") == 0
     before, after, expected = read(demo_finished), read(out), read(direct)
     np.testing.assert_array_equal(after.tensors[NEW].data, expected.tensors[NEW].data)
@@ -116,10 +116,10 @@ def test_an_interrupted_conversion_resumes(source, finished, tmp_path, monkeypat
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoder, "quantize", interrupted)
     out = tmp_path / "out.gguf"
-    assert convert(source, out, *flags) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "quantize", interrupted)
+        assert convert(source, out, *flags) == 130
     capsys.readouterr()
     content = finished.read_bytes()
     finished.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
