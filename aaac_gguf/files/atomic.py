@@ -45,7 +45,8 @@ def write_error(path: Path, e: OSError) -> AaacError:
     """Return what to tell the user of an error that happened while `path` was written."""
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return AaacError(f"{path}: the disk is full; free space or choose another output")
-    return AaacError(f"{path}: cannot be written: {e.strerror or e}; choose another output")
+    other = f" ({e.filename})" if e.filename and not str(e.filename).startswith(str(path)) else ""
+    return AaacError(f"{path}: cannot be written: {e.strerror or e}{other}; choose another output")
 
 
 def open_alone(path: Path) -> BinaryIO:

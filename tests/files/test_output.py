@@ -18,6 +18,7 @@ from aaac_gguf import cli, resources
 from aaac_gguf.errors import AaacError
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files import output
+from aaac_gguf.files.atomic import write_error
 from aaac_gguf.files.journal import Journal
 from aaac_gguf.files.layout import lay_out
 from aaac_gguf.llama import evaluate, tools
@@ -337,3 +338,10 @@ def test_patched_llama_loads_a_split_model(patched, demo_gguf, tmp_path):
     for name, tensor in merged.tensors.items():
         np.testing.assert_array_equal(tensor.data, expected.tensors[name].data)
     assert merged.codecs.keys() == expected.codecs.keys()
+
+
+def test_an_error_of_another_file_names_it(tmp_path):
+    out = tmp_path / "out.gguf"
+    own, other = (FileNotFoundError(2, "No such file or directory", str(path)) for path in (f"{out}.partial", "/other"))
+    assert str(write_error(out, own)) == f"{out}: cannot be written: No such file or directory; choose another output"
+    assert "No such file or directory (/other);" in str(write_error(out, other))
