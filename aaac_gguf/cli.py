@@ -360,8 +360,8 @@ def _add_llama(verbs: Any) -> None:
     p = verbs.add_parser("llama", help="the patched llama.cpp: build it, run its tools")
     actions = p.add_subparsers(required=True, metavar="ACTION")
     p = actions.add_parser("build", help="fetch, patch and build; does nothing the second time")
-    p.add_argument("--backend", choices=("cpu", "cuda"), default="cpu",
-                   help="cpu (default), or cuda: needs the CUDA toolkit")  # fmt: skip
+    p.add_argument("--backend", choices=("cpu", "cuda", "vulkan"), default="cpu",
+                   help="cpu (default), cuda (needs the CUDA toolkit) or vulkan (needs glslc)")  # fmt: skip
     p.add_argument("--arch", metavar="LIST",
                    help="CUDA architectures, for example 90 or '80;89' (default: this machine's)")  # fmt: skip
     what = p.add_mutually_exclusive_group()

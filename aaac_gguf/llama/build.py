@@ -29,7 +29,11 @@ from ..progress import progress
 from ..resources import cache_dir, sha256
 from . import patch
 
-BACKEND_FLAGS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("-DGGML_CUDA=ON",)}
+BACKEND_FLAGS: dict[str, tuple[str, ...]] = {
+    "cpu": (),
+    "cuda": ("-DGGML_CUDA=ON",),
+    "vulkan": ("-DGGML_VULKAN=ON",),
+}
 
 # One static binary for each tool, for this machine's instruction set. The tools are given local files, so they need no
 # network client.
@@ -40,6 +44,8 @@ CMAKE_FLAGS = (
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_OPENSSL=OFF",
 )
+
+VULKAN_PACKAGES = "on Debian and Ubuntu, `apt install libvulkan-dev glslc spirv-headers`"
 
 TOOLS = (
     "llama-cli",
@@ -157,7 +163,7 @@ def _not_source(folder: str, names: list[str]) -> list[str]:
 
 
 def build(backend: str = "cpu", arch: str | None = None, checkout: Path | None = None) -> Path:
-    """Build the tools for `backend`, "cpu" or "cuda", if they are not built yet. Returns the folder of the binaries.
+    """Build the tools for `backend`, one of BACKEND_FLAGS, if they are not built yet. Returns the folder of binaries.
 
     arch: CUDA architectures as CMake takes them, "90" or "80;89". The default is this machine's GPU.
     checkout: build a patched copy of this llama.cpp instead of the pinned one.
@@ -222,6 +228,8 @@ def _backend_flags(backend: str, arch: str | None) -> list[str]:
         raise AaacError(f"`backend` {backend}: unknown; choose from {', '.join(BACKEND_FLAGS)}")
     if backend == "cuda" and not shutil.which("nvcc"):
         raise AaacError("`backend` cuda: nvcc not found; install the CUDA toolkit and put its bin folder on PATH")
+    if backend == "vulkan" and not shutil.which("glslc"):
+        raise AaacError(f"`backend` vulkan: glslc not found; {VULKAN_PACKAGES}")
     return [*BACKEND_FLAGS[backend], *([f"-DCMAKE_CUDA_ARCHITECTURES={arch}"] if arch else [])]
 
 
@@ -251,7 +259,10 @@ def _run_logged(command: Sequence[str | os.PathLike[str]], log: Path, env: Mappi
                 bar.total = int(step[2])
                 bar.update(int(step[1]) - bar.n)
     if process.returncode:
-        raise AaacError(f"building llama.cpp failed: {last_error(''.join(tail))} (see {log})")
+        output = "".join(tail)
+        if missing := re.search(r"could not find [^\n]*\b(Vulkan|SPIRV-Headers)\b", output, re.IGNORECASE):
+            raise AaacError(f"`backend` vulkan: CMake finds no {missing[1]}; {VULKAN_PACKAGES} (see {log})")
+        raise AaacError(f"building llama.cpp failed: {last_error(output)} (see {log})")
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from .build import TOOLS, build_dir, fetch, is_built, last_error
 
 
 def tool(name: str) -> Path:
-    """Return the built binary `name`, the one with CUDA if that is built. Raises AaacError if there is none."""
+    """Return the built binary `name`, the one for a GPU if that is built. Raises AaacError if there is none."""
     if name not in TOOLS:
         raise AaacError(f"{name}: not one of the built tools; choose from {', '.join(TOOLS)}")
-    for backend in ("cuda", "cpu"):
+    for backend in ("cuda", "vulkan", "cpu"):
         path = build_dir(backend) / "bin" / name
         if is_built(backend) and path.is_file():
             return path

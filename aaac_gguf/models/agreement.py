@@ -98,7 +98,7 @@ def check_agreement(model: Any, file: GgufFile, source: Path) -> None:
     file: what llama.cpp runs; source: what the model was loaded from, that file or the folder that it was made of. If
     they are two models, raises AaacError for a file, and warns for a folder.
     """
-    if not (build.is_built("cuda") or build.is_built("cpu")):
+    if not any(build.is_built(backend) for backend in build.BACKEND_FLAGS):
         return
     with temporary_folder("aaac-agreement-") as folder:
         try:

@@ -171,8 +171,27 @@ def test_cuda_without_a_toolkit(monkeypatch, capsys):
     assert "nvcc not found" in capsys.readouterr().err
 
 
+def test_vulkan_without_glslc(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert cli.main(["llama", "build", "--backend", "vulkan"]) == 2
+    assert "glslc not found; on Debian and Ubuntu, `apt install libvulkan-dev glslc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("Vulkan", 'Could NOT find Vulkan (missing: Vulkan_INCLUDE_DIR) (found version "")'),
+        ("SPIRV-Headers", 'Could not find a package configuration file provided by "SPIRV-Headers"'),
+    ],
+)
+def test_vulkan_without_headers(tmp_path, package, words):
+    command = ["sh", "-c", 'printf "%s\\n" "$@"; exit 1', "cmake", words, "-- Configuring incomplete, errors occurred!"]
+    with pytest.raises(AaacError, match=rf"^`backend` vulkan: CMake finds no {package}; .* spirv-headers` \(see .*log"):
+        llama._run_logged(command, tmp_path / "log")
+
+
 def test_errors_of_the_library_name_settings(tmp_path):
-    with pytest.raises(AaacError, match=r"^`backend` metal: unknown; choose from cpu, cuda"):
+    with pytest.raises(AaacError, match=r"^`backend` metal: unknown; choose from cpu, cuda, vulkan"):
         llama.build("metal")
     with pytest.raises(AaacError, match=r"^`checkout` .*: not a llama\.cpp source folder"):
         llama.build(checkout=tmp_path)

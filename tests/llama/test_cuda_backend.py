@@ -53,7 +53,7 @@ def program(request, patched, llama_source, tmp_path_factory):
     source.write_text(host_source())
     ours = [emulation, emulation / "cuda_mock", new / "ggml/src/ggml-cuda", new / "tests", shipped("cuda_kernels")]
     include = [*ours, llama_source / "ggml/include", llama_source / "ggml/src"]
-    libraries = [patched.parent / "ggml/src" / f"lib{name}.a" for name in ("ggml-cpu", "ggml-base")]
+    libraries = [patched.parent / "ggml/src" / f"lib{name}.a" for name in ("ggml", "ggml-cpu", "ggml-base")]
     flags = ["-std=c++17", "-O1", "-w", f'-DAAAC_CUDA_FILES="{source}"', *(f"-I{path}" for path in include)]
     command = [
         "g++",

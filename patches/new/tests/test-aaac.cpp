@@ -1,6 +1,6 @@
-// Run one operation of the CPU backend on AAAC weights, for tests in other languages.
+// Run one operation on AAAC weights, for tests in other languages: on the CPU backend, or on a device by its name.
 //
-//   test-aaac < request > result
+//   test-aaac [DEVICE] < request > result
 //
 // request, little-endian:
 //   int32   op          0 GET_ROWS, 1 CPY to F32, 2 CPY to F16, 3 CPY to BF16, 4 MUL_MAT, 5 MUL_MAT_ID
@@ -48,7 +48,7 @@ static void read_tensor(ggml_tensor * t) {
     ggml_backend_tensor_set(t, data.data(), 0, data.size());
 }
 
-int main() {
+int main(int argc, char ** argv) {
 #if defined(_WIN32)
     _setmode(_fileno(stdin),  _O_BINARY);
     _setmode(_fileno(stdout), _O_BINARY);
@@ -104,10 +104,16 @@ int main() {
 
     ggml_cgraph * graph = ggml_new_graph(ctx);
     ggml_build_forward_expand(graph, out);
-    ggml_backend_t backend = ggml_backend_cpu_init();
-    ggml_backend_cpu_set_n_threads(backend, n_threads);
+    ggml_backend_t backend = argc > 1 ? ggml_backend_init_by_name(argv[1], nullptr) : ggml_backend_cpu_init();
+    if (!backend) {
+        fprintf(stderr, "test-aaac: no device %s\n", argv[1]);
+        return 2;
+    }
+    if (ggml_backend_is_cpu(backend)) {
+        ggml_backend_cpu_set_n_threads(backend, n_threads);
+    }
     if (!ggml_backend_supports_op(backend, out)) {
-        fprintf(stderr, "test-aaac: the CPU backend does not support this\n");
+        fprintf(stderr, "test-aaac: %s does not support this\n", ggml_backend_name(backend));
         return 3;
     }
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);

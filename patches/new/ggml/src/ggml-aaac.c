@@ -146,7 +146,7 @@ bool ggml_aaac_refuses(const char * reg_name, const struct ggml_tensor * op) {
         return false;
     }
     // These decide for themselves, operation by operation. RPC passes op_params on to a backend that does.
-    static const char * const aware[] = { "CPU", "CUDA", "ROCm", "MUSA", "RPC" };
+    static const char * const aware[] = { "CPU", "CUDA", "ROCm", "MUSA", "Vulkan", "RPC" };
     for (size_t i = 0; i < sizeof(aware)/sizeof(aware[0]); ++i) {
         if (strncmp(reg_name, aware[i], strlen(aware[i])) == 0) { // an RPC server adds its address
             return false;
