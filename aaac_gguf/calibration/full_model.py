@@ -6,11 +6,10 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import AaacError
@@ -58,7 +57,7 @@ class FullModel:
         self.batches = activations.batches(len(activations.sequences))
         if measured:
             for i in range(len(self.blocks)):
-                self._open(i)
+                self._outputs(i)
             return
         self.uniform = torch.rand(*activations.sequences.shape, 1, generator=torch.Generator().manual_seed(seed))
         self.gradients = torch.empty(self.hidden.shape[1:], dtype=self.hidden.dtype)
@@ -76,7 +75,8 @@ class FullModel:
                         "check the model's weights, or set `feedback` to False"
                     )
                 self.gradients[batch] = gradient
-            save_file({name: _packed(sums) for name, sums in recorder.outputs.items()}, self._outputs_file(i))
+            # Bytes, since safetensors opens no path that is not UTF-8.
+            self._outputs_file(i).write_bytes(save({n: _packed(sums) for n, sums in recorder.outputs.items()}))
 
     def record(self, i: int) -> BlockRecord:
         """Run block i on all sequences and return its products. It must still have its full-precision weights."""
@@ -89,17 +89,13 @@ class FullModel:
                 self.activations.run_block(i, batch, self.hidden[i, batch])
             inputs.append(recorder.inputs)
             sums.append(recorder.sums)
-        with self._open(i) as file:
-            outputs = {
-                name: _unpacked(file.get_tensor(name)).to(self.blocks.model.device)
-                for name in file.keys()  # noqa: SIM118  it is no dictionary
-            }
+        outputs = {name: _unpacked(sum_).to(self.blocks.model.device) for name, sum_ in self._outputs(i).items()}
         return BlockRecord(inputs, sums, recorder.same_input_as, outputs)
 
-    def _open(self, i: int) -> Any:
-        """Open the sums of block i. Raises AaacError for a file that is not whole."""
+    def _outputs(self, i: int) -> dict[str, Tensor]:
+        """Return the packed sums of block i. Raises AaacError for a file that is not whole."""
         try:
-            return safe_open(self._outputs_file(i), framework="pt")
+            return load(self._outputs_file(i).read_bytes())
         except (OSError, SafetensorError) as e:
             raise AaacError(f"`moments` {self._outputs_file(i)}: cannot be read ({e}); measure again") from None
 

@@ -87,12 +87,12 @@ class Measurements:
 
     def write(self, imatrix: Imatrix, sequences: torch.Tensor | None) -> None:
         """Write all that the calibration itself did not write into the folder. sequences: int64 [n, T]."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         if imatrix.entries:
             write_imatrix(self.folder / _IMATRIX, imatrix)
         if sequences is not None:
-            save_file({"sequences": sequences}, self.folder / _SEQUENCES)
+            (self.folder / _SEQUENCES).write_bytes(save({"sequences": sequences}))
         header = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
         header = {"format_version": FORMAT_VERSION, "program": f"aaac-gguf {__version__}", **header}
         (self.folder / HEADER).write_text(json.dumps(header, indent=1, default=str) + "\n", encoding="utf-8")
@@ -135,10 +135,10 @@ class Measurements:
     def sequences(self) -> torch.Tensor:
         """Return the tokens that the model ran on, int64 [n, T]."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         try:
-            return load_file(self.folder / _SEQUENCES)["sequences"]
+            return load((self.folder / _SEQUENCES).read_bytes())["sequences"]
         except (OSError, KeyError, SafetensorError) as e:
             raise AaacError(f"`moments` {self.folder / _SEQUENCES}: cannot be read ({e}); measure again") from None
 

@@ -54,9 +54,15 @@ class Moments:
         else:
             return weight
         inputs = factor(self.inputs, DRIFT_DAMPING + 2 * len(self.inputs) / self.n_tokens)
-        return weight + (drift / inputs.mean) @ inputs.u.T @ inputs.u
+        move = (drift / inputs.mean) @ inputs.u.T @ inputs.u
+        if self.output_drift is not None:
+            move *= min(1, LARGEST_MOVE * float(weight.norm() / move.norm().clamp_min(1e-30)))
+        return weight + move
 
 
+# The norm of a move towards the residual stream, relative to the weights. Those of SmolLM2-135M have up to 0.1. A matrix
+# that adds little to the stream would be moved further by what is chance.
+LARGEST_MOVE = 0.14
 DAMPING = 0.1  # of the mean of H's diagonal, added to the diagonal
 DRIFT_DAMPING = 0.03  # likewise, in the regression of a drift
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aaac_gguf.errors import AaacError
-from aaac_gguf.quantizer.moments import Moments, factor, inverse_root, output_error
+from aaac_gguf.quantizer.moments import LARGEST_MOVE, Moments, factor, inverse_root, output_error
 
 K = 256
 
@@ -76,8 +76,10 @@ def test_the_target_meets_the_full_outputs_best():
     assert least < 1e-3 * before
     assert after < 0.1 * before  # damped
     assert Moments(moments.inputs, None).target(weight) is weight
-    by_outputs = Moments(moments.inputs, None, None, weight @ moments.drift, len(x))
-    torch.testing.assert_close(by_outputs.target(weight), moments.target(weight))
+    by_outputs = Moments(moments.inputs, None, None, 0.1 * weight @ moments.drift, len(x))
+    torch.testing.assert_close(by_outputs.target(weight) - weight, 0.1 * (moments.target(weight) - weight))
+    far = replace(by_outputs, output_drift=100 * by_outputs.output_drift).target(weight)
+    assert float((far - weight).norm() / weight.norm()) == pytest.approx(LARGEST_MOVE)
     few = replace(moments, n_tokens=8).target(weight)
     assert (few - weight).norm() < 0.7 * (moments.target(weight) - weight).norm()
 
