@@ -60,8 +60,8 @@ class Moments:
         return weight + move
 
 
-# The norm of a move towards the residual stream, relative to the weights. Those of SmolLM2-135M have up to 0.1. A matrix
-# that adds little to the stream would be moved further by what is chance.
+# The norm of a move towards the residual stream, relative to the weights, at most. In eight blocks of SmolLM2-135M none
+# has more than about 0.1. A matrix that adds little to the stream would be moved further by what is chance.
 LARGEST_MOVE = 0.14
 DAMPING = 0.1  # of the mean of H's diagonal, added to the diagonal
 DRIFT_DAMPING = 0.03  # likewise, in the regression of a drift
