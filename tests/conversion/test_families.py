@@ -80,7 +80,9 @@ def test_comparison_of_a_vision_language_model(patched, tmp_path, monkeypatch):
         source, tmp_path / "out", Options(("AAAC4_G16", "IQ4_NL"), settings=settings, n_ctx=128, n_chunks=4)
     )
     ours = result.rows[0]
-    assert all(0.01 < row.scores["self-generated.txt"].mean_kld < 0.1 for row in result.rows)
+    klds = [row.scores["self-generated.txt"].mean_kld for row in result.rows]  # AAAC4_G16, IQ4_NL by both programs
+    assert len(klds) == 3
+    assert all(0.01 < kld < 0.2 for kld in klds), klds  # a random model and few tokens
     assert set(ours.codebooks) == {name for name in ours.tensor_errors if name.startswith("blk.")}
     assert len(ours.codebooks) == 2 * 7  # none of images
     entries = read_imatrix(tmp_path / "out" / "model-imatrix.gguf").entries
