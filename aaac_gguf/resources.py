@@ -1,9 +1,10 @@
-"""The user's cache folder, the files that ship with the package, and their checksums."""
+"""The user's cache folder, the files that ship with the package, their checksums, and the memory in use."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import resource
 from pathlib import Path
 
 import platformdirs
@@ -29,3 +30,8 @@ def sha256(path: Path) -> str:
     """Return the hex digest of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process or one that it started has had."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

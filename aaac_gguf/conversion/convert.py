@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..models.source import full_precision
 from ..models.weights import check_weights
 from ..progress import progress
 from ..quantizer.moments import DAMPING
-from ..resources import sha256
+from ..resources import peak_bytes, sha256
 from .base import check_base
 from .calibrate import Calibration, calibrate
 from .coverage import coverage
@@ -161,13 +160,12 @@ def _report(
     ]
     # Synthetic moments allow for few tokens.
     n_tokens = job.calibration.n_tokens if job.moments == "measured" else math.inf
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return Report(
         files=files,
         tensors=tensors,
         coverage=coverage(job, calibration.imatrix),
         seconds=seconds,
-        peak_bytes=1024 * max(usage),
+        peak_bytes=peak_bytes(),
         damped=[
             name
             for name, r in records.items()

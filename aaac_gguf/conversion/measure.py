@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from ..files.output import check_space
 from ..files.scratch import folder_beside
 from ..models.source import full_precision
 from ..models.weights import check_weights
+from ..resources import peak_bytes
 from .calibrate import calibrate
 from .coverage import coverage
 from .job import Job, prepare
-from .measurements import HEADER, Measurements
+from .measurements import SETTINGS, Measurements
 from .settings import Settings
 
 
@@ -62,20 +62,13 @@ def measure(source: Path, out: Path, settings: Settings) -> MeasureReport:
         n_bytes = _synced_bytes(kept)
         os.rename(kept, out)
         sync_folder(out.parent)
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return MeasureReport(out, n_bytes, found, time.monotonic() - start, 1024 * max(usage))
+    return MeasureReport(out, n_bytes, found, time.monotonic() - start, peak_bytes())
 
 
 def _measurements(job: Job, folder: Path, digest: str, n_text: int) -> Measurements:
     settings, given = job.settings, job.calibration
     calibration = {"none": "none", "self": "self", "imatrix": None}.get(given.kind, settings.calibration or "bundled")
-    kept = {
-        "calibration": calibration,
-        "imatrix": settings.imatrix,
-        "sequences": settings.sequences,
-        "sequence_length": settings.sequence_length,
-        "seed": settings.seed,
-    }
+    kept = {name: getattr(settings, name) for name in SETTINGS} | {"calibration": calibration}
     return Measurements(folder, digest, kept, given.kind, given.description, given.n_tokens, n_text, job.searched)
 
 
@@ -88,13 +81,9 @@ def _check_folder(out: Path) -> None:
 
 
 def _synced_bytes(folder: Path) -> int:
-    """Wait until the files of a folder are on disk. Return the bytes that they take.
-
-    safetensors lets only the owner read its files. They get the mode of the others.
-    """
-    n_bytes, mode = 0, (folder / HEADER).stat().st_mode
+    """Wait until the files of a folder are on disk. Return the bytes that they take."""
+    n_bytes = 0
     for path in folder.iterdir():
-        path.chmod(mode)
         with open(path, "rb") as f:
             os.fsync(f.fileno())
             n_bytes += os.fstat(f.fileno()).st_size

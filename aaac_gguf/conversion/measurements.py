@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 
 HEADER, _IMATRIX, _SEQUENCES, _TYPES = "measurements.json", "imatrix.gguf", "sequences.safetensors", "types.jsonl"
 # The settings that what is measured depends on, and the files too.
-_SETTINGS = ("calibration", "imatrix", "sequences", "sequence_length", "seed")
+SETTINGS = ("calibration", "imatrix", "sequences", "sequence_length", "seed")
 
 TypeErrors = dict[T, tuple[float, float | None]]  # the relative error of the weights; the loss, where it is known
 

@@ -92,7 +92,7 @@ def test_the_forward_pass_stops_at_the_last_parameter(model):
 
 
 class Residual(torch.nn.Module):
-    """What Q gives is added to the inputs, what K gives only after its norm."""
+    """Add to the inputs what Q gives, and what K gives only after its norm."""
 
     def __init__(self):
         super().__init__()

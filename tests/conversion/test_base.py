@@ -54,7 +54,7 @@ def test_only_what_is_named_is_made_anew(source, finished, tmp_path, capsys):
 
 
 def test_a_file_by_llama_quantize(patched, demo_gguf, tmp_path):
-    """What it says of its importance stays. A type that is not made here is copied."""
+    """Keep what it says of its importance, and copy a type that is not made here."""
     full = read(demo_gguf)
     ones = {name: np.ones((1, shape[-1]), np.float32) for name, shape in full.shapes.items() if len(shape) > 1}
     entries = {name: Entry(sums, np.ones(1, np.float32)) for name, sums in ones.items()}

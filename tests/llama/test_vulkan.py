@@ -95,7 +95,7 @@ OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY")
 def check_cases(vulkan, op, type_name, **settings):
     """Run the cases of an operation for the types that match, all of which must pass. Returns all output."""
     stdout, stderr = vulkan("test-backend-ops", "test", "-b", "Vulkan0", "-o", op, "-p", type_name, **settings)
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in stdout.splitlines() if "aaac" in line]
+    lines = results(stdout)
     assert len([line for line in lines if line.rstrip().endswith("OK")]) >= 8, stdout[-2000:]
     assert not [line for line in lines if "FAIL" in line or "not supported" in line]
     return stdout + stderr
