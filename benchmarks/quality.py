@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality")
     args = parser.parse_args()
 
-    model, calibrated = checkpoint.load_model(args.model), checkpoint.load_model(args.model, exact=False)
+    model, calibrated = checkpoint.load_model(args.model), checkpoint.load_model(args.model)
     texts = [
         tokens_module.text_tokens(args.model, path, args.calib_sequences // len(args.calib), CONTEXT)
         for path in args.calib

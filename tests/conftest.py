@@ -29,6 +29,14 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _exact_products():
+    """Run models as on a processor without products of bfloat16 numbers, so that figures are the same everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict)
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test that needs llama.cpp's source or its build as `llama`."""
     for item in items:

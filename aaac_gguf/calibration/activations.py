@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import AaacError
 from ..files.imatrix import Entry, Imatrix
-from ..models.blocks import Blocks
+from ..models.blocks import Blocks, fast_products
 from ..models.checkpoint import gguf_names
 from ..models.finite import is_finite, not_finite
 from ..models.mla import by_queries, key_matrices
@@ -240,7 +240,8 @@ class Activations:
         hidden = hidden.to(self.blocks.model.device)
 
         def run() -> torch.Tensor:
-            return self.blocks.run(i, self.sequences[batch], hidden)
+            with fast_products():
+                return self.blocks.run(i, self.sequences[batch], hidden)
 
         out = run()
         if not (is_finite(out) if i == len(self.blocks) - 1 else out.isfinite().all()):

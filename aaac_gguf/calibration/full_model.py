@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import AaacError
 from ..progress import progress
 from .activations import Activations
-from .recorder import InputRecorder, LayerInputs
+from .recorder import InputRecorder, LayerInputs, add_product
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ class FullModel:
         folder: Path,
         seed: int,
         measured: bool = False,
+        embeddings: str | None = None,
     ):
         """Sum the products of gradients. The activations have been run; no weight of the model has been replaced.
 
         wanted: the parameters, by block, whose moments will be asked for.
+        embeddings: the parameter of the embeddings, if they are only looked up and their moments will be asked for.
         folder: for the sums, half of float32 [N, N] a parameter.
         measured: the sums are in the folder already. Raises AaacError if one of their files is cut short.
         """
@@ -62,7 +64,7 @@ class FullModel:
         self.uniform = torch.rand(*activations.sequences.shape, 1, generator=torch.Generator().manual_seed(seed))
         self.gradients = torch.empty(self.hidden.shape[1:], dtype=self.hidden.dtype)
         last = len(self.blocks) - 1
-        first = next((i for i, parameters in enumerate(wanted) if parameters), last)
+        first = 0 if embeddings else next((i for i, parameters in enumerate(wanted) if parameters), last)
         for i in progress(range(last, first - 1, -1), desc="measuring sensitivities", unit="block"):
             self.blocks.load(i)
             recorder = InputRecorder(self.blocks.parameters(i), wanted[i])
@@ -75,6 +77,10 @@ class FullModel:
                         "check the model's weights, or set `feedback` to False"
                     )
                 self.gradients[batch] = gradient
+            if i == 0 and embeddings:
+                for batch in self.batches:
+                    g = self.gradients[batch].flatten(0, 1)
+                    add_product(recorder.outputs, embeddings, g, g)
             # Bytes, since safetensors opens no path that is not UTF-8.
             self._outputs_file(i).write_bytes(save({n: _packed(sums) for n, sums in recorder.outputs.items()}))
 
@@ -91,6 +97,11 @@ class FullModel:
             sums.append(recorder.sums)
         outputs = {name: _unpacked(sum_).to(self.blocks.model.device) for name, sum_ in self._outputs(i).items()}
         return BlockRecord(inputs, sums, recorder.same_input_as, outputs)
+
+    def at_embeddings(self, parameter: str) -> Tensor | None:
+        """Return the sum of g g^T float32 [d, d] of the gradients at the first block's input; None if there is none."""
+        packed = self._outputs(0).get(parameter)
+        return None if packed is None else _unpacked(packed).to(self.blocks.model.device)
 
     def _outputs(self, i: int) -> dict[str, Tensor]:
         """Return the packed sums of block i. Raises AaacError for a file that is not whole."""

@@ -114,6 +114,8 @@ class InputSums:
 
     def add(self, expert: int, x: Tensor) -> None:
         """Add the inputs x [tokens, K] of an expert."""
+        # In bfloat16 the rounding of a large channel's square would be more than all of another channel.
+        x = x.float()
         add_product(self.squares, expert, x, x)
         self.counts[expert] += len(x)
 

@@ -27,6 +27,7 @@ class BlockMoments:
     """Second moments by GGUF tensor, in a walk over the blocks in which the model's weights are replaced.
 
     position  the block whose turn it is
+    looked_up the tensor of the embeddings, if it will be quantized and is not the output matrix too
     places    where the tensors are in the model, and which were not found
     hidden    what block `position` gets from the quantized blocks before it, [n, T, d]
     drifting  whether any weight before the inputs that come next has been replaced
@@ -54,7 +55,9 @@ class BlockMoments:
             {self.places[name].parameter for name in self.tensors(i) if name not in only_replaced}
             for i in range(len(self.blocks))
         ]
-        self.full = FullModel(activations, wanted, folder, seed, measured)
+        self.looked_up = self._looked_up(tensors)
+        embeddings = self.places[self.looked_up].parameter if self.looked_up else None
+        self.full = FullModel(activations, wanted, folder, seed, measured, embeddings)
         self.hidden = activations.hidden[0, :]
         self.position = 0
         self.drifting = False
@@ -63,6 +66,14 @@ class BlockMoments:
     def tensors(self, i: int) -> list[str]:
         """Return the tensors of block i, of those that will be quantized or replaced."""
         return self.places.in_block(i)
+
+    def _looked_up(self, tensors: Sequence[str]) -> str | None:
+        modules = self.blocks.model.get_input_embeddings(), self.blocks.model.get_output_embeddings()
+        embeddings, output = (getattr(module, "weight", None) for module in modules)
+        if embeddings is output:
+            return None
+        in_head = (name for name in self.tensors(len(self.blocks) - 1) if name in tensors)
+        return next((name for name in in_head if self.places.parameter(name) is embeddings), None)
 
     def pending(self, name: str) -> bool:
         """Return whether a tensor belongs to the block at `position` or to one after it."""
@@ -78,6 +89,16 @@ class BlockMoments:
             return None
         layer = self._layer_moments(i, record, record.same_input_as[parameter], drifting=False)
         return self._of_tensor(name, record, layer)
+
+    def embedding_moments(self) -> Moments | None:
+        """Return the moments of `looked_up`, or None if measurements lack them.
+
+        A row is added to the hidden state wherever its token comes. So the moments of its channels are those of the
+        gradient there, and rows do not depend on each other.
+        """
+        assert self.looked_up
+        squares = self.full.at_embeddings(self.places[self.looked_up].parameter)
+        return None if squares is None else Moments(squares / self.activations.sequences.numel(), None)
 
     def layers(self) -> Iterator[dict[str, Moments]]:
         """Yield the moments of the tensors of the block at `position`, in the order in which the block multiplies.
@@ -105,6 +126,10 @@ class BlockMoments:
             rows.replace(self.places.parameter(name), weight)
             # A model without blocks would have to run whole for every layer.
             self.drifting = len(self.blocks) > 1
+        if name == self.looked_up and self.position == 0:
+            with torch.no_grad():
+                for batch in self.full.batches:
+                    self.hidden[batch] = self.blocks.embed(self.activations.sequences[batch])
 
     def advance(self) -> None:
         """Go on to the next block."""

@@ -80,7 +80,7 @@ def calibrate(job: Job, file: GgufFile, folder: Path, measurements: Path | None 
     if known and job.moments != "measured":
         return done(known.importance)
     folder.mkdir(exist_ok=True)
-    model = checkpoint.load_model(job.source, settings.device, exact=False, folder=folder)
+    model = checkpoint.load_model(job.source, settings.device, folder)
     if known:
         sequences = known.sequences
         blocks = Blocks(model, sequences[:1])

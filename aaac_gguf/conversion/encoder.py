@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..files.gguf import GgufFile, dequantize
 from ..files.journal import Record
@@ -39,10 +38,17 @@ def quantized_tensors(
         if plan.rounding == Rounding.KEPT and name not in done:
             done.add(name)
             yield name, encode(plan, job, file, calibration)
+    measured = calibration.measured
+    if measured and measured.looked_up:
+        # First, so that all blocks are calibrated on its values.
+        embeddings, moments = plans[measured.looked_up], measured.embedding_moments()
+        if result := _encode_in_model(embeddings, job, file, calibration, output, moments):
+            done.add(embeddings.name)
+            yield embeddings.name, result
     for name in plans:
         if name in done:
             continue
-        while calibration.measured and calibration.measured.pending(name):
+        while measured and measured.pending(name):
             for ready, result in _decoder_block(job, file, calibration, output):
                 done.add(ready)
                 yield ready, result
@@ -61,31 +67,35 @@ def _decoder_block(
     assert measured
     plans = {plan.name: plan for plan in job.plans}
 
-    def read_back(name: str) -> Tensor:
-        return _decoded(plans[name], output.read(name), output.finished[name])
-
     names = measured.tensors(measured.position)
     if all(name in output.finished for name in names):
         for name in names:
-            measured.replace(name, read_back(name))
+            _encode_in_model(plans[name], job, file, calibration, output, None)
         measured.advance()
         return
     if kept := [name for name in names if plans[name].rounding == Rounding.KEPT]:
         measured.record(measured.position)  # while the weights are those of the full model
         for name in kept:
-            measured.replace(name, read_back(name))
+            _encode_in_model(plans[name], job, file, calibration, output, None)
     for layer in measured.layers():
         for name, moments in layer.items():
-            if name in output.finished:
-                measured.replace(name, read_back(name))
-                continue
-            data, record = encode(plans[name], job, file, calibration, moments)
-            measured.replace(name, _decoded(plans[name], data, record))
-            yield name, (data, record)
+            if result := _encode_in_model(plans[name], job, file, calibration, output, moments):
+                yield name, result
 
 
-def _decoded(plan: TensorPlan, data: Any, record: Record) -> Tensor:
-    return torch.from_numpy(dequantize(data, plan.type, record.codec))
+def _encode_in_model(
+    plan: TensorPlan, job: Job, file: GgufFile, calibration: Calibration, output: Output, moments: Moments | None
+) -> TensorResult | None:
+    """Encode a tensor, and give the model what it decodes to.
+
+    One that an interrupted run or a finished file has is read back; then the result is None.
+    """
+    assert calibration.measured
+    finished = plan.name in output.finished
+    result = None if finished else encode(plan, job, file, calibration, moments)
+    data, record = result or (output.read(plan.name), output.finished[plan.name])
+    calibration.measured.replace(plan.name, torch.from_numpy(dequantize(data, plan.type, record.codec)))
+    return result
 
 
 def encode(

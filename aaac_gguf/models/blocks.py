@@ -15,6 +15,15 @@ from .mla import key_matrices
 RunBlock = Callable[[Tensor], Any]
 
 
+def fast_products() -> torch.autocast:
+    """Return a context in which a float32 model on a CPU multiplies bfloat16 numbers, if the CPU has products of them.
+
+    That takes less than half the time. What products are added to, such as the residual stream, stays float32.
+    """
+    features = torch.cpu.get_capabilities()
+    return torch.autocast("cpu", torch.bfloat16, any(features.get(f) for f in ("avx512_bf16", "amx_bf16", "bf16")))
+
+
 class StopForward(Exception):
     """Ends the model's forward pass early. `Blocks.run` and `Blocks.embed` then return `hidden`."""
 

@@ -121,11 +121,10 @@ def left_out(source: Path) -> str:
     )
 
 
-def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Path | None = None) -> Any:
+def load_model(source: Path, device: str = "cpu", folder: Path | None = None) -> Any:
     """Load the causal language model of a folder or of a GGUF file, in evaluation mode.
 
-    It is float32 on a CPU and has the weights' own dtype on a GPU. Unless `exact`, a bfloat16 checkpoint also stays
-    bfloat16 on a CPU that multiplies such numbers, which takes half the time.
+    It is float32 on a CPU and has the weights' own dtype on a GPU.
 
     folder: scratch space. With it, a model that would take more than WEIGHTS_SHARE of the device's memory has its
     blocks on disk, most in the checkpoint itself, and loads them as they run. A GGUF is always loaded whole.
@@ -134,10 +133,7 @@ def load_model(source: Path, device: str = "cpu", exact: bool = True, folder: Pa
     """
     transformers = quiet_transformers()
     stored = check_gguf(source) if source.is_file() else stored_dtype(source)
-    if device == "cpu" and (exact or not (stored == "bfloat16" and _multiplies_bfloat16())):
-        dtype = "float32"
-    else:
-        dtype = stored or "auto"
+    dtype = "float32" if device == "cpu" else stored or "auto"
     options: dict[str, Any] = {}
     if source.is_file() and hasattr(transformers, "GgufConfig"):  # versions without it have only plain weights
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -301,13 +297,6 @@ def _device_map(source: Path, device: str, dtype: str) -> dict[str, str] | None:
         f"{name}.{child}".lstrip(".") for name in around[:-1] for child, _ in model.get_submodule(name).named_children()
     ]
     return {**{name: device for name in beside if name not in around}, **dict.fromkeys(around[-1:], "disk")}
-
-
-def _multiplies_bfloat16() -> bool:
-    """Return whether the CPU has instructions for products of bfloat16 numbers."""
-    import torch
-
-    return any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _memory() -> int:

@@ -10,6 +10,7 @@ from aaac_gguf.models import checkpoint
 from aaac_gguf.models.blocks import Blocks
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
 
 
 def random_tokens(n: int, length: int = 16) -> torch.Tensor:
@@ -21,18 +22,18 @@ def model():
     return checkpoint.load_model(resources.MODEL)
 
 
-def full_model(model, folder, tokens, n_text=None, seed=0) -> FullModel:
+def full_model(model, folder, tokens, n_text=None, seed=0, embeddings=None) -> FullModel:
     blocks = Blocks(model, tokens[:1])
     activations = Activations(blocks, tokens, len(tokens) if n_text is None else n_text, folder)
     activations.run(Squares())
     wanted = [[DOWN] if i == 1 else [] for i in range(len(blocks))]
-    return FullModel(activations, wanted, folder, seed)
+    return FullModel(activations, wanted, folder, seed, embeddings=embeddings)
 
 
 def test_gradients_are_those_of_the_whole_model(model, tmp_path):
     """Blocks backward one by one, and the whole model at once, for the tokens that the seed draws."""
     tokens = random_tokens(2)
-    full = full_model(model, tmp_path, tokens, seed=3)
+    full = full_model(model, tmp_path, tokens, seed=3, embeddings=EMBEDDINGS)
     record = full.record(1)
     outputs, inputs = [], {}
     module = model.model.layers[1].mlp.down_proj
@@ -46,7 +47,9 @@ def test_gradients_are_those_of_the_whole_model(model, tmp_path):
     uniform = torch.rand(*tokens.shape, 1, generator=torch.Generator().manual_seed(3))
     drawn = (logits.detach().softmax(-1).cumsum(-1) < uniform).sum(-1)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
-    torch.testing.assert_close(full.gradients, inputs[1], atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(full.gradients, inputs[0], atol=1e-6, rtol=1e-3)
+    g = inputs[0].flatten(0, 1)
+    torch.testing.assert_close(full.at_embeddings(EMBEDDINGS), g.T @ g, atol=1e-5, rtol=1e-3)
     g = torch.cat(outputs).flatten(0, 1)
     torch.testing.assert_close(record.outputs[DOWN] / len(g), g.T @ g / len(g), atol=1e-6, rtol=1e-3)
 

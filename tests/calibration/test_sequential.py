@@ -172,6 +172,23 @@ def test_a_finished_block_can_be_passed(model, demo_full, tmp_path):
     )
 
 
+def test_blocks_see_the_quantized_embeddings(model, demo_full, tmp_path):
+    tokens = random_tokens()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    moments = block_moments(model, demo_full, tmp_path, tokens, names=["token_embd.weight", *NAMES])
+    assert moments.looked_up == "token_embd.weight"
+    full = moments.hidden.clone()
+    moments.replace("token_embd.weight", 0.9 * torch.from_numpy(demo_full["token_embd.weight"]))
+    torch.testing.assert_close(moments.hidden, 0.9 * full)
+    first = next(moments.layers())
+    assert first["blk.0.attn_q.weight"].drift is not None
+
+
+def test_embeddings_that_are_the_output_matrix_too_are_not_only_looked_up(model, demo_full, tmp_path):
+    moments = block_moments(model, demo_full, tmp_path, random_tokens(), names=["token_embd.weight", DOWN])
+    assert moments.looked_up is None
+
+
 def test_a_tensor_whose_rows_are_not_found_stays_as_it_is(model, demo_full, tmp_path):
     """Its moments are those of its inputs alone, the layers after it see its full weights, and it is listed."""
     down = module(model, DOWN).weight

@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 
+from aaac_gguf import resources
 from aaac_gguf.models import checkpoint
-from aaac_gguf.models.blocks import Blocks
+from aaac_gguf.models.blocks import Blocks, fast_products
 
 SMALL = {
     "vocab_size": 64,
@@ -118,3 +119,20 @@ def test_a_model_on_disk_that_is_all_head_is_loaded_whole(tmp_path, monkeypatch)
     with torch.no_grad():
         torch.testing.assert_close(blocks.run(0, tokens(), blocks.embed(tokens())), whole(input_ids=tokens()).logits)
     assert not any(p.is_meta for p in blocks.parameters(0).values())
+
+
+def test_only_products_are_rounded_to_bfloat16(monkeypatch):
+    """The residual stream of a float32 model stays float32 on a CPU that has products of bfloat16 numbers."""
+    model = checkpoint.load_model(resources.MODEL)
+    blocks, ids = Blocks(model, tokens()), tokens()
+    outputs = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, args, out: outputs.append(out) and None)
+    found = []
+    for features in ({}, {"avx512_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
+        with torch.no_grad(), fast_products():
+            found.append(blocks.run(0, ids, blocks.embed(ids)))
+    assert [out.dtype for out in outputs] == [torch.float32, torch.bfloat16]
+    exact, rounded = found
+    assert rounded.dtype == torch.float32
+    assert 1e-5 < (rounded - exact).norm() / exact.norm() < 1e-2

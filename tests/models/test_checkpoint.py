@@ -60,7 +60,7 @@ from aaac_gguf.models.blocks import Blocks
 checkpoint.WEIGHTS_SHARE = {device_share}
 source = Path({str(source)!r})
 checkpoint.load_tokenizer(source)
-model = checkpoint.load_model(source, exact=False, folder=Path({str(tmp_path / "scratch")!r}))
+model = checkpoint.load_model(source, folder=Path({str(tmp_path / "scratch")!r}))
 Blocks(model, self_tokens(model, 1, 4, 0))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -68,7 +68,7 @@ Blocks(model, self_tokens(model, 1, 4, 0))
 
 
 def test_loading_a_gguf_is_quiet(demo_gguf, capfd, caplog):
-    checkpoint.load_model(demo_gguf, exact=False)
+    checkpoint.load_model(demo_gguf)
     checkpoint.load_tokenizer(demo_gguf)
     assert capfd.readouterr() == ("", "")
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
