@@ -20,6 +20,7 @@ from aaac_gguf.errors import AaacError
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files.gguf import GgufFile
 from aaac_gguf.llama import build as llama
+from aaac_gguf.llama import tools
 from aaac_gguf.models.source import full_precision
 from aaac_gguf.resources import shipped
 
@@ -34,6 +35,26 @@ def _exact_products():
     """Run models as on a processor without products of bfloat16 numbers, so that figures are the same everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", dict)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _demo_converted_once(tmp_path_factory):
+    """Keep what llama.cpp's converter makes of the bundled model: it takes seconds to start."""
+    kept, convert_hf = tmp_path_factory.mktemp("demo"), tools.convert_hf
+
+    def convert_once(source, out, outtype, header_only=False, name=None):
+        file = kept / f"{name}-{outtype}-{header_only}.gguf"
+        if source.resolve() != resources.MODEL or name is None:
+            convert_hf(source, out, outtype, header_only, name)
+        elif file.exists():
+            shutil.copy(file, out)
+        else:
+            convert_hf(source, out, outtype, header_only, name)
+            shutil.copy(out, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools, "convert_hf", convert_once)
         yield
 
 
