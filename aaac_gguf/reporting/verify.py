@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as T
 
 from ..calibration.activations import importance
 from ..conversion.dequantize import dequantize_file
+from ..conversion.plan import bits_per_weight
 from ..errors import AaacError, warn
 from ..files import format as fmt
 from ..files.gguf import GgufFile, block_number, read
@@ -31,8 +32,9 @@ from .results import TensorError, Verification
 MAX_KLD = 0.005
 MIN_SAME_TOP = 0.9
 
-# No type of ours, and none of llama.cpp's from 4 bits up, rounds a trained matrix with so large an error.
-MAX_TENSOR_ERROR = 0.05
+# No type rounds a trained matrix with a relative squared error as large as both of these, the second at its bits per
+# weight: with a bit less it is four times as large.
+MAX_TENSOR_ERROR, MAX_ERROR_AT_0_BITS = 0.05, 20
 
 N_CTX = 256
 
@@ -194,7 +196,8 @@ def compare_tensors(result: Verification, file: GgufFile, full: GgufFile, imatri
         weighted = None if weight is None else _ratio((squared * weight).sum(), (power * weight).sum())
         error = TensorError(name, tensor.tensor_type.name, _ratio(squared.sum(), power.sum()), weighted)
         result.tensors.append(error)
-        if not error.relative < MAX_TENSOR_ERROR:
+        largest = max(MAX_TENSOR_ERROR, MAX_ERROR_AT_0_BITS / 4 ** bits_per_weight(tensor.tensor_type))
+        if not error.relative < largest:
             far = f"relative squared error {error.relative:.3g} is far from a {error.type} rounding"
             result.failures.append(f"tensor {name}: {far}")
 

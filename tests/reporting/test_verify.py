@@ -64,6 +64,13 @@ def test_a_gguf_source(patched, converted, demo_gguf, capsys):
 
 
 @pytest.mark.llama
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K_M"])
+def test_few_bits_may_err_more(name, patched, demo_gguf, tmp_path):
+    convert.convert(demo_gguf, tmp_path / "out.gguf", Settings(type=name, calibration="none"))
+    assert run(tmp_path / "out.gguf", "--source", demo_gguf) == 0
+
+
+@pytest.mark.llama
 def test_another_codec_is_noticed(patched, converted, demo_gguf, tmp_path, capsys):
     """A scale base that is 50 % off passes every structural check; the tensors' errors show it."""
     name = "blk.2.ffn_down.weight"
