@@ -209,28 +209,32 @@ class Activations:
             else torch.empty(1, *shape, dtype=first.dtype)
         )
 
-    def batches(self, n_sequences: int) -> list[slice]:
-        """Split the first `n_sequences` into batches that run together; text and other sequences are kept apart."""
-        size = max(BATCH_TOKENS // self.sequences.shape[1], 1)
-        parts = ((0, min(self.n_text, n_sequences)), (self.n_text, n_sequences))
+    def batches(self, i: int, text: bool = False) -> list[slice]:
+        """Split the sequences, or only those of `text`, into batches that run through block i together.
+
+        Text and other sequences are kept apart. In the head each sequence is alone, since it has a row of logits for
+        every token.
+        """
+        size = max(BATCH_TOKENS // self.sequences.shape[1], 1) if i < len(self.blocks) - 1 else 1
+        parts = ((0, self.n_text), (self.n_text, self.n_text if text else len(self.sequences)))
         return [slice(start, min(start + size, stop)) for first, stop in parts for start in range(first, stop, size)]
 
     def run(self, observer: Observer) -> None:
         """Fill `hidden`, and report the products of text to the observer. The head runs on text only."""
-        blocks, every, text = self.blocks, self.batches(len(self.sequences)), self.batches(self.n_text)
-        bar = progress(total=(len(blocks) - 1) * len(every) + len(text), desc="calibrating")
+        blocks, head = self.blocks, len(self.blocks) - 1
+        bar = progress(total=head * len(self.sequences) + self.n_text, desc="calibrating")
         with bar, torch.no_grad():
-            for batch in every:
+            for batch in self.batches(0):
                 self.hidden[0, batch] = blocks.embed(self.sequences[batch])
             for i in range(len(blocks)):
                 blocks.load(i)
-                watch, is_head = Products(blocks.parameters(i), observer), i == len(blocks) - 1
-                for batch in text if is_head else every:
-                    with watch if batch in text else nullcontext():
+                watch = Products(blocks.parameters(i), observer)
+                for batch in self.batches(i, text=i == head):
+                    with watch if batch.stop <= self.n_text else nullcontext():
                         out = self.run_block(i, batch, self.hidden[i % len(self.hidden), batch])
-                    if not is_head:
+                    if i < head:
                         self.hidden[(i + 1) % len(self.hidden), batch] = out
-                    bar.update()
+                    bar.update(batch.stop - batch.start)
 
     def run_block(self, i: int, batch: slice, hidden: torch.Tensor) -> torch.Tensor:
         """Run block i on the inputs `hidden` [n, T, d] of a batch. Return its outputs, of the head the logits.

@@ -35,7 +35,6 @@ class FullModel:
 
     hidden     what every block gets in the full model, [blocks, n, T, d]
     gradients  of the loss with respect to the input of the last block that was run backward, [n, T, d]
-    batches    the sequences that run together
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class FullModel:
         """
         self.activations, self.blocks, self.hidden = activations, activations.blocks, activations.hidden
         self.wanted, self.folder = wanted, folder
-        self.batches = activations.batches(len(activations.sequences))
         if measured:
             for i in range(len(self.blocks)):
                 self._outputs(i)
@@ -68,7 +66,7 @@ class FullModel:
         for i in progress(range(last, first - 1, -1), desc="measuring sensitivities", unit="block"):
             self.blocks.load(i)
             recorder = InputRecorder(self.blocks.parameters(i), wanted[i])
-            for batch in self.batches:
+            for batch in activations.batches(i):
                 recorder.inputs = {}
                 gradient = self._backward(i, batch, recorder)
                 if not gradient.isfinite().all():
@@ -78,7 +76,7 @@ class FullModel:
                     )
                 self.gradients[batch] = gradient
             if i == 0 and embeddings:
-                for batch in self.batches:
+                for batch in activations.batches(0):
                     g = self.gradients[batch].flatten(0, 1)
                     add_product(recorder.outputs, embeddings, g, g)
             # Bytes, since safetensors opens no path that is not UTF-8.
@@ -89,7 +87,7 @@ class FullModel:
         self.blocks.load(i)
         recorder = InputRecorder(self.blocks.parameters(i), self.wanted[i])
         inputs, sums = [], []
-        for batch in self.batches:
+        for batch in self.activations.batches(i):
             recorder.inputs, recorder.sums = {}, {}
             with torch.no_grad(), recorder:
                 self.activations.run_block(i, batch, self.hidden[i, batch])

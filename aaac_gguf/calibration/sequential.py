@@ -128,7 +128,7 @@ class BlockMoments:
             self.drifting = len(self.blocks) > 1
         if name == self.looked_up and self.position == 0:
             with torch.no_grad():
-                for batch in self.full.batches:
+                for batch in self.activations.batches(0):
                     self.hidden[batch] = self.blocks.embed(self.activations.sequences[batch])
 
     def advance(self) -> None:
@@ -136,7 +136,7 @@ class BlockMoments:
         self._recorded = None
         if self.position < self.places.last_block():
             with torch.no_grad():
-                for batch in self.full.batches:
+                for batch in self.activations.batches(self.position):
                     self.hidden[batch] = self.activations.run_block(self.position, batch, self.hidden[batch])
         self.position += 1
 
@@ -159,7 +159,8 @@ class BlockMoments:
                     if name == parameter:
                         sums.add(expert, x)
             return sums.moments(self.activations.sequences.numel()), sum(sums.counts)
-        runs = zip(self.full.batches, self._quantized(i, parameter, record), record.inputs, record.sums, strict=True)
+        batches = self.activations.batches(i)
+        runs = zip(batches, self._quantized(i, parameter, record), record.inputs, record.sums, strict=True)
         for batch, now, inputs, totals in runs:
             for (name, expert), x in now.inputs.items():
                 sums.add(expert, x)
@@ -182,7 +183,7 @@ class BlockMoments:
         last = parameter if parameters[parameter].dim() == 2 else None
         has_sum = parameter in record.sums[0]
         recorder = InputRecorder(parameters, [parameter], *((None, last) if has_sum else (last, None)))
-        for batch in self.full.batches:
+        for batch in self.activations.batches(i):
             recorder.inputs, recorder.sums = {}, {}
             with torch.no_grad(), recorder:
                 self.activations.run_block(i, batch, self.hidden[batch])

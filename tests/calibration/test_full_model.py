@@ -59,7 +59,8 @@ def test_a_record_has_the_inputs_of_every_batch(model, tmp_path, monkeypatch):
     monkeypatch.setattr("aaac_gguf.calibration.activations.BATCH_TOKENS", 32)
     tokens = random_tokens(5)
     full = full_model(model, tmp_path, tokens, n_text=3)
-    assert full.batches == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert full.activations.batches(1) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert full.activations.batches(4) == [slice(i, i + 1) for i in range(5)]
     seen = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():
