@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..models.blocks import StopForward
+from ..models.blocks import StopForward, fast_products
 from ..quantizer.moments import Moments
 from .activations import Products
 
@@ -114,14 +114,15 @@ class InputSums:
 
     def add(self, expert: int, x: Tensor) -> None:
         """Add the inputs x [tokens, K] of an expert."""
-        # In bfloat16 the rounding of a large channel's square would be more than all of another channel.
-        x = x.float()
+        if not x.is_cuda:  # a CPU would round sums of bfloat16 too: a large channel's by more than all of another has
+            x = x.float()
         add_product(self.squares, expert, x, x)
         self.counts[expert] += len(x)
 
     def add_drift(self, of: Literal["inputs", "outputs"], difference: Tensor, x: Tensor) -> None:
         """Add how far the inputs x [tokens, K], or the outputs, are from those of the full model: `difference`."""
-        add_product(self.drift, of, difference, x)
+        with fast_products():
+            add_product(self.drift, of, difference, x)
 
     def moments(self, n_tokens: int) -> Moments:
         """Return the means: moments without `outputs`. n_tokens: of all sequences."""

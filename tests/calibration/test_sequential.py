@@ -149,6 +149,29 @@ def test_each_layer_sees_the_quantized_layers_before(model, demo_full, tmp_path)
         torch.testing.assert_close(module(model, name).weight, 0.9 * module(full_model, name).weight)
 
 
+def test_bfloat16_products_give_nearly_the_same_moments(demo_full, tmp_path, monkeypatch):
+    walks = []
+    for features in ({}, {"avx512_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
+        m, seen = checkpoint.load_model(resources.MODEL), {}
+        moments = block_moments(m, demo_full, tmp_path, random_tokens())
+        for _ in range(2):
+            for layer in moments.layers():
+                seen |= layer
+                for name in layer:
+                    moments.replace(name, 0.9 * torch.from_numpy(demo_full[name]))
+        walks.append(seen)
+    exact, rounded = walks
+    for name, seen in exact.items():
+        for part in ("inputs", "outputs", "drift", "output_drift"):
+            a, b = getattr(seen, part), getattr(rounded[name], part)
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert b.dtype == torch.float32
+                assert (a - b).norm() < 0.05 * a.norm(), (name, part)
+    assert not torch.equal(exact[DOWN].inputs, rounded[DOWN].inputs)
+
+
 def test_a_finished_block_can_be_passed(model, demo_full, tmp_path):
     """As a conversion that resumes does: the same weights, without asking for layers, lead to the same inputs."""
     found = []
