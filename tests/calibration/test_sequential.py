@@ -163,9 +163,8 @@ def test_bfloat16_products_give_nearly_the_same_moments(demo_full, tmp_path, mon
         walks.append(seen)
     exact, rounded = walks
     for name, seen in exact.items():
-        assert (
-            rounded[name].outputs.dtype == torch.float32
-        )  # of other tokens, where the last digit decides which is drawn
+        # Of other tokens, where the last digit decides which one is drawn.
+        assert rounded[name].outputs.dtype == torch.float32
         for part in ("inputs", "drift", "output_drift"):
             a, b = getattr(seen, part), getattr(rounded[name], part)
             assert (a is None) == (b is None)
