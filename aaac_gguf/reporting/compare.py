@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median, stdev
 from typing import Literal
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
@@ -53,6 +54,7 @@ DEFAULT_TYPES = ("AAAC4_G16", "Q4_0", "IQ4_NL", "Q4_K_M", "Q5_K_M")
 CACHE_TYPES = ("F32", "BF16", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1")
 
 SELF_SEQUENCES = 20  # in the text that the model writes
+SPEED_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,10 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
             for text, base in bases.items():
                 row.scores[text.name] = evaluate.score(file.path, text, base, options.n_ctx, options.n_chunks)
                 row.cache_scores[text.name] = _cache_scores(file.path, text, base, options)
-            row.prompt_speed, row.generation_speed = speeds(file.path, full, scratch / "bench.log")
             result.rows.append(row)
+        found = speeds([file.path for file in candidates(types, folder, stem)], full, scratch / "bench.log")
+        for row, of_row in zip(result.rows, found, strict=True):
+            row.prompt_speed, row.generation_speed = of_row
     write(folder, result)
     return result
 
@@ -308,13 +312,17 @@ def describe(name: str, path: Path, full: GgufFile, seconds: float | None) -> Ro
     )
 
 
-def speeds(path: Path, full: GgufFile, log: Path) -> tuple[Speed, Speed]:
-    """Return the tokens per second of a prompt of 512 tokens and of generating 128, by llama-bench.
+def speeds(paths: Sequence[Path], full: GgufFile, log: Path) -> list[tuple[Speed, Speed]]:
+    """Return for each file the tokens per second of a prompt of 512 tokens and of generating 128, by llama-bench.
 
-    They are fewer if the model has fewer positions.
+    They are fewer if the model has fewer positions. The files take turns, so that what else the machine does slows all.
     """
     sizes = ["-p", str(full.positions(512)), "-n", str(full.positions(128))]
-    args: list[str | Path] = ["-m", path, *sizes, "-r", "3", "-o", "json"]
-    runs = json.loads(tools.tool_output("llama-bench", args, log))
-    prompt, generation = ((run["avg_ts"], run["stddev_ts"]) for run in sorted(runs, key=lambda run: run["n_gen"]))
-    return prompt, generation
+    rounds: list[list[list[float]]] = [[[], []] for _ in paths]
+    for i in progress([*range(len(paths))] * SPEED_ROUNDS, desc="measuring speed", unit="run"):
+        args: list[str | Path] = ["-m", paths[i], *sizes, "-r", "1", "-o", "json"]
+        runs = json.loads(tools.tool_output("llama-bench", args, log))
+        for tokens_per_second, run in zip(rounds[i], sorted(runs, key=lambda run: run["n_gen"]), strict=True):
+            tokens_per_second.append(run["avg_ts"])
+    prompt, generation = ([(median(f[k]), stdev(f[k])) for f in rounds] for k in (0, 1))
+    return list(zip(prompt, generation, strict=True))

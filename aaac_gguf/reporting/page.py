@@ -70,7 +70,8 @@ def render(result: Comparison) -> str:
         _table(*tables.files_table(result)),
         _note(
             "Quantizing time includes calibration, whose sweeps all types of aaac-gguf share. "
-            "Speed by llama-bench: a prompt of 512 tokens, and 128 tokens generated."
+            "Speed by llama-bench: a prompt of 512 tokens, and 128 tokens generated. It is the median of three rounds "
+            "in which the files take turns."
         ),
         "<h2>Error of each tensor</h2>",
         _tensor_errors(rows),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..llama.evaluate import Score
 
-Speed = tuple[float, float]  # tokens per second: mean, standard deviation
+Speed = tuple[float, float]  # tokens per second: median, standard deviation
 
 
 @dataclass

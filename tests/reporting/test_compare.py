@@ -78,14 +78,27 @@ def test_heads_that_are_no_whole_blocks_of_a_cache_type(tmp_path, rng, refused, 
     assert "--cache-types Q8_0: heads of 48 are not whole blocks of 32; leave it out" in err
 
 
+def test_files_take_turns_in_the_measurement_of_speed(demo_full, tmp_path, monkeypatch):
+    """What slows one of three rounds does not count."""
+    order, generation = [], iter([10, 20, 1, 2, 12, 22])
+
+    def bench(name, args, log):
+        order.append(args[1].name)
+        return json.dumps([{"n_gen": 128, "avg_ts": next(generation)}, {"n_gen": 0, "avg_ts": 100}])
+
+    monkeypatch.setattr(compare.tools, "tool_output", bench)
+    found = compare.speeds([Path("a"), Path("b")], demo_full, tmp_path / "log")
+    assert order == ["a", "b"] * 3
+    assert [(prompt, generation[0]) for prompt, generation in found] == [((100, 0), 10), ((100, 0), 20)]
+
+
 @pytest.mark.llama
 def test_a_small_comparison(patched, demo_gguf, tmp_path, monkeypatch):
     """A type of ours, one that both programs make and a finished file, on text that the model writes.
 
     llama-quantize has an imatrix of the same calibration. All files have a Q4_0 cache too.
     """
-    speeds = compare.speeds(demo_gguf, read(demo_gguf), tmp_path / "bench.log")
-    monkeypatch.setattr(compare, "speeds", lambda *_: speeds)  # once is enough
+    monkeypatch.setattr(compare, "SPEED_ROUNDS", 2)
     settings = Settings(calibration="self", sequences=2, sequence_length=128, feedback=False)
     compare.stock_quantize(demo_gguf, tmp_path / "q8.gguf", "Q8_0", None, "Q8_0")
     options = compare.Options(
