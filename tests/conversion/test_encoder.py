@@ -25,6 +25,7 @@ class TwoBlocks:
     """Stands in for `BlockMoments`: attn_q, then ffn_down in one block, attn_k in the next; and notes its calls."""
 
     BLOCKS = ((Q, DOWN), (K,))
+    looked_up: str | None = None
 
     def __init__(self):
         self.position, self.events, self.seen = 0, [], {}
@@ -55,6 +56,16 @@ class TwoBlocks:
     @property
     def replaced(self):
         return [(name, weight) for kind, name, weight in self.events if kind == "replace"]
+
+
+class WithEmbeddings(TwoBlocks):
+    """As if attn_k were the embeddings."""
+
+    BLOCKS = ((Q, DOWN), ())
+    looked_up = K
+
+    def embedding_moments(self):
+        return self.seen[K]
 
 
 @pytest.fixture
@@ -95,6 +106,16 @@ def test_a_block_is_quantized_in_the_order_of_its_products(file, run):
         assert not torch.allclose(seen.target(full), full, atol=0.01)
     assert made["blk.0.attn_norm.weight"][1].rounding == Rounding.COPY
     assert set(made) == set(file.tensors)
+
+
+def test_embeddings_come_first(run):
+    first, again = WithEmbeddings(), WithEmbeddings()
+    made = run(first)
+    assert made[K][1].rounding == Rounding.FEEDBACK
+    assert K not in run(again, {K: made[K]})
+    for moments in (first, again):
+        assert [name for name, _ in moments.replaced] == [K, Q, DOWN]
+    assert torch.equal(first.replaced[0][1], again.replaced[0][1])
 
 
 @pytest.mark.parametrize("finished", [[Q], [Q, DOWN]])

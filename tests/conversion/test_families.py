@@ -73,7 +73,7 @@ def test_dense_models(name, patched, tmp_path):
 
 def test_comparison_of_a_vision_language_model(patched, tmp_path, monkeypatch):
     """Compare the text model inside: it writes the text, is calibrated, and llama-quantize has its importance."""
-    monkeypatch.setattr("aaac_gguf.reporting.compare.speeds", lambda *_: ((1.0, 0.0), (1.0, 0.0)))
+    monkeypatch.setattr("aaac_gguf.reporting.compare.SPEED_ROUNDS", 2)
     source = families.save(families.WRAPPERS["Qwen3-VL"](), tmp_path / "model")
     settings = Settings(calibration="self", sequences=4, sequence_length=64)
     result = compare(
