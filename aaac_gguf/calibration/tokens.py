@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..errors import AaacError, warn
 from ..files.gguf import GgufFile
-from ..models.blocks import fast_products
 from ..models.checkpoint import load_tokenizer
 from ..progress import progress
 
@@ -184,7 +183,7 @@ def self_tokens(model: Any, n_sequences: int, sequence_length: int, seed: int) -
     # transformers has renamed its key-value cache.
     cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     past, batch = None, tokens.to(model.device)
-    with torch.inference_mode(), fast_products():
+    with torch.inference_mode():
         for _ in progress(range(sequence_length - 2), desc="sampling calibration tokens", unit="token"):
             out = model(input_ids=batch, **{cache: past}, use_cache=True)
             past = out[cache]
