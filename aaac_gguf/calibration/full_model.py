@@ -75,9 +75,8 @@ class FullModel:
                         "check the model's weights, or set `feedback` to False"
                     )
                 self.gradients[batch] = gradient
-            if i == 0 and embeddings:
-                for batch in activations.batches(0):
-                    g = self.gradients[batch].flatten(0, 1)
+                if i == 0 and embeddings:
+                    g = gradient.flatten(0, 1)
                     add_product(recorder.outputs, embeddings, g, g)
             # Bytes, since safetensors opens no path that is not UTF-8.
             self._outputs_file(i).write_bytes(save({n: _packed(sums) for n, sums in recorder.outputs.items()}))

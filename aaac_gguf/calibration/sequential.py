@@ -26,11 +26,11 @@ from .recorder import InputRecorder, InputSums
 class BlockMoments:
     """Second moments by GGUF tensor, in a walk over the blocks in which the model's weights are replaced.
 
-    position  the block whose turn it is
-    looked_up the tensor of the embeddings, if it will be quantized and is not the output matrix too
-    places    where the tensors are in the model, and which were not found
-    hidden    what block `position` gets from the quantized blocks before it, [n, T, d]
-    drifting  whether any weight before the inputs that come next has been replaced
+    position   the block whose turn it is
+    looked_up  the tensor of the embeddings, if it will be quantized and is not the output matrix too
+    places     where the tensors are in the model, and which were not found
+    hidden     what block `position` gets from the quantized blocks before it, [n, T, d]
+    drifting   whether any weight before the inputs that come next has been replaced
     """
 
     def __init__(

@@ -127,7 +127,8 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
             result.cache_scores[text.name] = _cache_scores(full.path, text, base, options)
         imatrix: tuple[Path | None, float] | None = None
         measured: MeasureReport | None = None
-        for file in progress(candidates(types, folder, stem), desc="comparing", unit="file"):
+        files = candidates(types, folder, stem)
+        for file in progress(files, desc="comparing", unit="file"):
             seconds = None
             if file.program == "aaac-gguf":
                 measured = measured or measure(source, scratch / "moments", options.settings)
@@ -144,7 +145,7 @@ def compare(source: Path, folder: Path, options: Options) -> Comparison:
                 row.scores[text.name] = evaluate.score(file.path, text, base, options.n_ctx, options.n_chunks)
                 row.cache_scores[text.name] = _cache_scores(file.path, text, base, options)
             result.rows.append(row)
-        found = speeds([file.path for file in candidates(types, folder, stem)], full, scratch / "bench.log")
+        found = speeds([file.path for file in files], full, scratch / "bench.log")
         for row, of_row in zip(result.rows, found, strict=True):
             row.prompt_speed, row.generation_speed = of_row
     write(folder, result)
@@ -318,11 +319,10 @@ def speeds(paths: Sequence[Path], full: GgufFile, log: Path) -> list[tuple[Speed
     They are fewer if the model has fewer positions. The files take turns, so that what else the machine does slows all.
     """
     sizes = ["-p", str(full.positions(512)), "-n", str(full.positions(128))]
-    rounds: list[list[list[float]]] = [[[], []] for _ in paths]
+    rounds: list[list[list[float]]] = [[] for _ in paths]
     for i in progress([*range(len(paths))] * SPEED_ROUNDS, desc="measuring speed", unit="run"):
         args: list[str | Path] = ["-m", paths[i], *sizes, "-r", "1", "-o", "json"]
         runs = json.loads(tools.tool_output("llama-bench", args, log))
-        for tokens_per_second, run in zip(rounds[i], sorted(runs, key=lambda run: run["n_gen"]), strict=True):
-            tokens_per_second.append(run["avg_ts"])
-    prompt, generation = ([(median(f[k]), stdev(f[k])) for f in rounds] for k in (0, 1))
-    return list(zip(prompt, generation, strict=True))
+        rounds[i].append([run["avg_ts"] for run in sorted(runs, key=lambda run: run["n_gen"])])
+    both = (zip(*of_file, strict=True) for of_file in rounds)
+    return [((median(prompt), stdev(prompt)), (median(generated), stdev(generated))) for prompt, generated in both]

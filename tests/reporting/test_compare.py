@@ -79,7 +79,7 @@ def test_heads_that_are_no_whole_blocks_of_a_cache_type(tmp_path, rng, refused, 
 
 
 def test_files_take_turns_in_the_measurement_of_speed(demo_full, tmp_path, monkeypatch):
-    """What slows one of three rounds does not count."""
+    """Take medians: what slows one of three rounds does not count."""
     order, generation = [], iter([10, 20, 1, 2, 12, 22])
 
     def bench(name, args, log):
