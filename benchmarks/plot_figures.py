@@ -4,7 +4,7 @@
 
 writes to FOLDER (docs/images by default):
 
-    quality.svg   mean KL divergence against bits per weight, from benchmarks/results/quality.json
+    quality.svg   mean KL divergence against file size, from the tables of real models in docs/results.md
     speed.svg     tokens per second on a CPU, from benchmarks/results/cpu.json
     block.svg     16 weights of the bundled model, the two codebooks of their matrix, and the bytes of their block
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -82,70 +84,81 @@ class Drawing:
         path.write_text("\n".join([*self.parts, "</svg>"]) + "\n", encoding="utf-8")
 
 
-# Label, class, whether a line joins the points, and for each point the row of quality.json and its name in the figure.
+# Label, class, and the rows of a table that belong to it.
 SERIES = [
-    (
-        "llama.cpp types, importance matrix",
-        "c",
-        False,
-        {"Q4_K_S": "Q4_K_S", "IQ4_NL": "IQ4_NL", "Q5_K_S": "Q5_K_S"},
-    ),
-    ("AAAC, importance only", "b", True, {f"AAAC4_G{g}, importance": "" for g in (16, 32, 128)}),
-    ("AAAC, GGUF and importance", "d", True, {f"AAAC4_G{g}, synthetic": "" for g in (16, 32, 128)}),
-    ("AAAC, measured", "a", True, {f"AAAC4_G{g}": f"G{g}" for g in (16, 32, 128)}),
+    ("llama.cpp types, importance matrix", "c", r"I?Q\d\w+"),
+    ("AAAC4_G16, GGUF and importance matrix", "b", r"`AAAC4_G16`, GGUF and importance matrix"),
+    ("AAAC4_G16, calibrated in the model (the default)", "a", r"`AAAC4_G16`, the default"),
 ]
 
 
-def draw_quality(results: Path, out: Path) -> None:
-    """Draw the divergence of each file against its size, one panel per text."""
-    content = json.loads(results.read_text(encoding="utf-8"))
-    rows = {row["name"]: row for row in content["rows"]}
-    panels = {"heldout.txt": "books, not those of calibration", "web.txt": "web text"}
-    drawing = Drawing(860, 400, "Mean KL divergence against bits per weight")
-    drawing.text(24, 30, f"Quality against size, {content['model']} (a small model)", "title")
-    drawing.text(24, 48, "mean KL divergence from the full model, lower is better", "small dim")
-    low, high = math.log10(0.003), math.log10(0.04)
-    for panel, (text, title) in enumerate(panels.items()):
-        left, right, top, bottom = 70 + 400 * panel, 430 + 400 * panel, 84, 310
+@dataclass(frozen=True)
+class Point:
+    """A file in the figure: its row's name, its size in bytes, and the geometric mean of its divergences."""
 
-        def x(bits: float, left: float = left, right: float = right) -> float:
-            return left + (bits - 4) / 1.9 * (right - left)
+    name: str
+    n_bytes: int
+    divergence: float
 
-        def y(divergence: float, top: float = top, bottom: float = bottom) -> float:
+
+def read_tables(document: str) -> dict[str, list[Point]]:
+    """Return by model the rows of the tables of results.md that give bytes and mean KL divergences of several texts."""
+    models: dict[str, list[Point]] = {}
+    model, inside = "", False
+    for line in document.splitlines():
+        if heading := re.match(r"#+ (?:A real checkpoint: )?(\w+-[\w.-]*\d+M|\w+-[\w.-]*\dB)$", line):
+            model = heading[1]
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        if cells[:2] == ["mean KL divergence", "bytes"]:
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and len(cells) > 2 and cells[1].replace(",", "").isdigit():
+            values = [float(cell.split()[0]) for cell in cells[2:]]
+            mean = math.exp(sum(map(math.log, values)) / len(values))
+            models.setdefault(model, []).append(Point(cells[0], int(cells[1].replace(",", "")), mean))
+    return models
+
+
+def draw_quality(document: Path, out: Path) -> None:
+    """Draw the divergence of each file against its size, one panel per model."""
+    models = read_tables(document.read_text(encoding="utf-8"))
+    drawing = Drawing(860, 400, "Mean KL divergence against file size")
+    drawing.text(24, 30, "Quality against size, real models", "title")
+    subtitle = "mean KL divergence from the full model, geometric mean over texts that chose nothing; lower is better"
+    drawing.text(24, 48, subtitle, "small dim")
+    low, high = math.log10(0.005), math.log10(0.25)
+    ticks, gap = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), 24
+    width = (860 - 70 - 20 - gap * (len(models) - 1)) / len(models)
+    top, bottom = 84, 310
+    for panel, (model, points) in enumerate(models.items()):
+        left = 70 + (width + gap) * panel
+        sizes = [point.n_bytes for point in points]
+        first, last = min(sizes), max(sizes)
+
+        def x(n_bytes: int, left: float = left, first: int = first, last: int = last) -> float:
+            return left + (0.08 + 0.7 * (n_bytes - first) / (last - first)) * width
+
+        def y(divergence: float) -> float:
             return bottom - (math.log10(divergence) - low) / (high - low) * (bottom - top)
 
-        drawing.text((left + right) / 2, top - 10, title, "middle")
-        for tick in (0.003, 0.005, 0.01, 0.02, 0.04):
-            drawing.line(left, y(tick), right, y(tick), "grid")
+        drawing.text(left + width / 2, top - 10, model, "middle")
+        for tick in ticks:
+            drawing.line(left, y(tick), left + width, y(tick), "grid")
             if panel == 0:
                 drawing.text(left - 8, y(tick) + 4, f"{tick:g}", "small dim end")
-        for bits in (4, 4.5, 5, 5.5):
-            drawing.line(x(bits), bottom, x(bits), bottom + 4)
-            drawing.text(x(bits), bottom + 18, f"{bits:g}", "small dim middle")
-        drawing.line(left, bottom, right, bottom)
-        drawing.text((left + right) / 2, bottom + 36, "bits per weight", "small dim middle")
-        for _, colour, joined, names in SERIES:
-            points = []
-            for name, label in names.items():
-                divergence = rows[name]["divergence"][text]
-                px, py = x(rows[name]["bits_per_weight"]), y(divergence["mean"])
-                above, below = (
-                    divergence["mean"] + divergence["standard_error"],
-                    divergence["mean"] - divergence["standard_error"],
-                )
-                drawing.line(px, y(above), px, y(below), f"bar stroke {colour}")
-                drawing.dot(px, py, colour)
-                # IQ4_NL and Q4_K_S have the same size and nearly the same divergence.
-                shift = {"IQ4_NL": -4, "Q4_K_S": 12}.get(label, 4)
-                if label.startswith("G"):
-                    drawing.text(px, py + 18, label, f"small label middle {colour}")
-                elif label:
-                    drawing.text(px + 9, py + shift, label, f"small label {colour}")
-                points.append((px, py))
-            if joined:
-                drawing.path(points, colour)
-    for i, (label, colour, *_) in enumerate(SERIES):
-        left = (24, 274, 442, 654)[i]
+        drawing.line(left, bottom, left + width, bottom)
+        for n_bytes in (first, last):
+            drawing.line(x(n_bytes), bottom, x(n_bytes), bottom + 4)
+            drawing.text(x(n_bytes), bottom + 18, f"{n_bytes / 1e6:.0f}", "small dim middle")
+        drawing.text(left + width / 2, bottom + 36, "megabytes", "small dim middle")
+        for _, colour, names in SERIES:
+            for point in points:
+                if re.fullmatch(names, point.name):
+                    drawing.dot(x(point.n_bytes), y(point.divergence), colour)
+                    if colour == "c":
+                        drawing.text(x(point.n_bytes) + 8, y(point.divergence) + 4, point.name, "small dim")
+    for (label, colour, _), left in zip(SERIES, (24, 270, 548), strict=True):
         drawing.dot(left + 5, 376, colour)
         drawing.text(left + 16, 380, label, "small")
     drawing.write(out)
@@ -252,7 +265,7 @@ def draw_speed(results: Path, out: Path) -> None:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    draw_quality(ROOT / "benchmarks" / "results" / "quality.json", folder / "quality.svg")
+    draw_quality(ROOT / "docs" / "results.md", folder / "quality.svg")
     draw_speed(ROOT / "benchmarks" / "results" / "cpu.json", folder / "speed.svg")
     draw_block(folder / "block.svg")
 

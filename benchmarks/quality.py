@@ -17,7 +17,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from aaac_gguf.quantizer import moments as hessian
 from aaac_gguf.quantizer.backends import choose_backend
 from aaac_gguf.quantizer.feedback import feedback
 from aaac_gguf.quantizer.grid import Grid
-from aaac_gguf.quantizer.moments import factor
+from aaac_gguf.quantizer.moments import factor, triangular_inverse
 from aaac_gguf.quantizer.quantize import quantize
 from aaac_gguf.quantizer.search import TorchSearch
 
@@ -94,13 +94,14 @@ class Calibration(BlockMoments):
     def record(self, i: int) -> Any:
         if i not in self.kept:
             self.kept[i] = super().record(i)
-        return self.kept[i]
+        return replace(self.kept[i], inputs=[dict(inputs) for inputs in self.kept[i].inputs])  # the walk empties them
 
     def restart(self) -> None:
         for name, p in self.blocks.model.named_parameters():
             p.data.copy_(self.originals[name])
         self.hidden = self.full.hidden[0, :]
         self.position, self.drifting = 0, False
+        self._replays = self._new_replays()
 
     def replace(self, name: str, weight: Tensor) -> None:
         super().replace(name, weight)
@@ -174,7 +175,7 @@ def awq(layer: Layer, seed: int) -> Tensor:
 
 def gptq(layer: Layer, seed: int) -> Tensor:
     """INT4 groups of 128, scales by the largest magnitude, error feedback column by column with 1 % damping."""
-    u = factor(layer.moments.inputs, 0.01).u
+    u = triangular_inverse(factor(layer.moments.inputs, 0.01).root)
     w = layer.weight.T.clone()
     for j in range(len(w)):
         if j % 128 == 0:

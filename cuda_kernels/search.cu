@@ -213,17 +213,17 @@ AAAC_DEV void aaac_write(const aaac_grid & grid, const aaac_row<G> & r, const aa
 }
 
 // Decide the groups of a block of columns, as TorchSearch.feed_back does.
-//   w, q, level, error [n][n_rows]
-//   selector           [n / 16][n_rows]
-//   code               [n / G][n_rows]
-//   u                  the upper triangle of the block, row stride ld
-//   starts             [AAAC_STARTS]
+//   w, q, level  [n][n_rows]
+//   selector     [n / 16][n_rows]
+//   code         [n / G][n_rows]
+//   u            the upper triangle of the block, row stride ld
+//   starts       [AAAC_STARTS]
 // At most 2^31 / 128 rows. Grid: ceil(n_rows / AAAC_ROWS)
 template <int G>
 __global__ void __launch_bounds__(AAAC_SEARCH_THREADS)
 aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const float * __restrict__ u, int ld,
-               const float * starts, int, const float * w, float * q, float * level, uint8_t * selector, int64_t * code,
-               float * error) {
+               const float * starts, int, const float * w, float * q, float * level, uint8_t * selector,
+               int64_t * code) {
     __shared__ aaac_shared<G> s;
     aaac_prepare(grid, s, n, n_rows, w, [=](int j) { return u[j*ld + j]; });
     const int row  = blockIdx.x*AAAC_ROWS + threadIdx.x/AAAC_ROW_THREADS;
@@ -274,9 +274,6 @@ aaac_feed_back(const AAAC_GRID_CONSTANT aaac_grid grid, int n, int n_rows, const
         best.code = zero ? 0 : best.code;
         for (int j = t; j < G; j += AAAC_ROW_THREADS) {
             change[j] = unit*left[j];
-            if (row < n_rows) {
-                error[(k + j)*n_rows + row] = change[j];
-            }
         }
         if (row < n_rows) {
             aaac_write(grid, r, best, k, row, n_rows, q, level, selector, code);
@@ -393,7 +390,7 @@ aaac_round_to_steps(int n, int n_rows, const float * __restrict__ u, int ld, con
 #define INSTANTIATE(G)                                                                                               \
     template __global__ void aaac_feed_back<G>(const AAAC_GRID_CONSTANT aaac_grid, int, int,                         \
                                                const float * __restrict__, int, const float *, int, const float *,   \
-                                               float *, float *, uint8_t *, int64_t *, float *);                     \
+                                               float *, float *, uint8_t *, int64_t *);                              \
     template __global__ void aaac_sweep<G>(const AAAC_GRID_CONSTANT aaac_grid, int, int, const float * __restrict__, \
                                            int, const float * __restrict__, const float *, float *, float *,         \
                                            uint8_t *, int64_t *);

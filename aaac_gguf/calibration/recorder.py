@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.blocks import StopForward, fast_products
-from ..quantizer.moments import Moments
+from ..quantizer.moments import Moments, gram
 from .activations import Products
 
 # A parameter with more outputs has no O: that of a vocabulary of 128,256 would take 61 GiB.
@@ -18,15 +18,18 @@ MAX_OUTPUTS = 1 << 15
 # The ways in which a block adds a product's output to what it has, which most often is the residual stream.
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
 
+_TINY = torch.finfo(torch.float32).tiny
+
 # Inputs [tokens, K] by parameter name and expert (0 for a parameter without experts).
 LayerInputs = dict[tuple[str, int], Tensor]
 
 
 class InputRecorder(Products):
-    """Keeps the inputs of parameters while a block runs, and sums g g^T of their output gradients g in a backward pass.
+    """Keeps the inputs of parameters while a block runs, and sums over their output gradients g in a backward pass.
 
     inputs         of the sequences that run; the caller empties it before each batch
-    outputs        float32 [N, N] by parameter: the sum of g g^T
+    outputs        float32 [N, N] by parameter: the sum of |x| g g^T over tokens, for the inputs x of each
+    norms          by parameter, for each of its products: |x| and |g| of the tokens, float32 [2, tokens]
     same_input_as  by parameter, in the order of the products: the first parameter with the same inputs, which may be
                    itself. For Q, K and V it is Q. Only this first one is in `inputs`.
     sums           [tokens, N] by parameter: the output together with what it is added to, if that is the next thing
@@ -51,18 +54,22 @@ class InputRecorder(Products):
         self.sums: dict[str, Tensor] = {}
         self._output: tuple[str, Tensor] | None = None  # of the latest product with a 2-D parameter
         self.outputs: dict[str, Tensor] = {}
+        self.norms: dict[str, list[Tensor]] = {}
         self.same_input_as: dict[str, str] = {}
-        self._product: str | None = None  # the 2-D parameter of the product that runs
+        self._product: tuple[str, Tensor] | None = None  # the 2-D parameter of the product that runs, and its inputs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._product = None
         out = super().__torch_function__(func, types, args, kwargs)
         if self._product and self.has_rows:
-            self._output = self._product, out.detach()
+            self._output = self._product[0], out.detach()
         elif self._output and func in _ADDITIONS:
             self._record_sum(*self._output, args, out)
-        if (name := self._product) and self.has_rows and out.requires_grad and out.shape[-1] <= MAX_OUTPUTS:
-            out.register_hook(lambda g: self._add_gradient(name, g.detach().reshape(-1, g.shape[-1])))
+        if self._product and self.has_rows and out.requires_grad and out.shape[-1] <= MAX_OUTPUTS:
+            name, inputs = self._product
+            norms = torch.stack([row_norms(inputs), inputs.new_zeros(len(inputs), dtype=torch.float32)])
+            self.norms.setdefault(name, []).append(norms)
+            out.register_hook(lambda g: self._add_gradient(name, g.detach().reshape(-1, g.shape[-1]), norms))
         return out
 
     def _record_sum(self, name: str, output: Tensor, terms: tuple[Any, ...], total: Tensor) -> None:
@@ -79,7 +86,7 @@ class InputRecorder(Products):
         if name not in self.wanted:
             return
         if self.dims[name] == 2:
-            self._product = name
+            self._product = name, inputs
             matrices = (first for first, _ in reversed(self.inputs) if self.dims[first] == 2)
             if first := next(matrices, None):
                 latest = self.inputs[first, 0]
@@ -93,8 +100,31 @@ class InputRecorder(Products):
         if name == self.last:
             raise StopForward(inputs)
 
-    def _add_gradient(self, name: str, g: Tensor) -> None:
-        add_product(self.outputs, name, g, g)
+    def _add_gradient(self, name: str, g: Tensor, norms: Tensor) -> None:
+        norms[1] = row_norms(g)
+        weighted = g * norms[0].sqrt()[:, None].to(g.dtype)
+        add_product(self.outputs, name, weighted, weighted)
+
+    def fisher(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what all products so far say of the Fisher information, for moments that count some tokens more.
+
+        The first are the sums of |x| g g^T, scaled so that tr(O) tr(H) / n is the sum of |x|^2 |g|^2, where H is the
+        sum of x x^T over n tokens. The second are the weights of the tokens in H, float32 [n], by the first parameter
+        with the same inputs. They go by |g| at all outputs together, and do not change tr(H).
+        """
+        outputs: dict[str, Tensor] = {}
+        by_inputs: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        for name, parts in self.norms.items():
+            x, g = torch.cat(parts, 1).square()
+            scale = (x * g).sum() / (x.mean() * self.outputs[name].trace()).clamp_min(_TINY)
+            outputs[name] = self.outputs[name] * scale
+            by_inputs.setdefault(self.same_input_as[name], (x, []))[1].append(g / g.mean().clamp_min(_TINY))
+        weights: dict[str, Tensor] = {}
+        for first, (x, squares) in by_inputs.items():
+            lengths = torch.stack([g for g in squares if len(g) == len(x)]).sum(0).sqrt()
+            if lengths.any():
+                weights[first] = lengths * (x.sum() / (lengths @ x).clamp_min(_TINY))
+        return outputs, weights
 
 
 class InputSums:
@@ -112,15 +142,20 @@ class InputSums:
         self.drift: dict[str, Tensor] = {}
         self.counts = [0] * (len(parameter) if self.has_experts else 1)
 
-    def add(self, expert: int, x: Tensor) -> None:
-        """Add the inputs x [tokens, K] of an expert."""
+    def add(self, expert: int, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add the inputs x [tokens, K] of an expert. weights: of the tokens, float32 [tokens]."""
         if not x.is_cuda:  # a CPU would round sums of bfloat16 too: a large channel's by more than all of another has
             x = x.float()
-        add_product(self.squares, expert, x, x)
+        weighted = x if weights is None else x * weights.sqrt()[:, None].to(x.dtype)
+        add_product(self.squares, expert, weighted, weighted)
         self.counts[expert] += len(x)
 
-    def add_drift(self, of: Literal["inputs", "outputs"], difference: Tensor, x: Tensor) -> None:
+    def add_drift(
+        self, of: Literal["inputs", "outputs"], difference: Tensor, x: Tensor, weights: Tensor | None = None
+    ) -> None:
         """Add how far the inputs x [tokens, K], or the outputs, are from those of the full model: `difference`."""
+        if weights is not None:
+            x = x * weights[:, None].to(x.dtype)
         with fast_products():
             add_product(self.drift, of, difference, x)
 
@@ -133,6 +168,11 @@ class InputSums:
         return Moments(inputs, None, drift.get("inputs"), drift.get("outputs"), n_tokens)
 
 
+def row_norms(values: Tensor) -> Tensor:
+    """Return the Euclidean norm of every row of `values` [n, K], float32 [n]."""
+    return torch.linalg.vector_norm(values, dim=1, dtype=torch.float32)
+
+
 def add_product(sums: dict[Any, Tensor], key: Any, a: Tensor, b: Tensor) -> None:
     """Add a^T b to the float32 sum under `key`, for a [n, K] and b [n, M] of any floating-point type.
 
@@ -142,17 +182,7 @@ def add_product(sums: dict[Any, Tensor], key: Any, a: Tensor, b: Tensor) -> None
     if a.is_cuda and a.dtype != torch.float32:
         product = torch.mm(a.T, b, out_dtype=torch.float32)
     else:
-        product = a.T @ b if a is not b or a.is_cuda else _square(a)
+        product = a.T @ b if a is not b else gram(a)
     if key not in sums:
         sums[key] = torch.zeros(product.shape, device=product.device)
     sums[key].add_(product)
-
-
-def _square(a: Tensor) -> Tensor:
-    """Return a^T a for a [n, K]. Stripes of its lower triangle are little more than half of the work."""
-    square = a.new_empty(a.shape[1], a.shape[1])
-    for stripe in torch.arange(a.shape[1]).chunk(8):
-        first, end = int(stripe[0]), int(stripe[-1]) + 1
-        square[first:end, :end] = a[:, first:end].T @ a[:, :end]
-        square[:first, first:end] = square[first:end, :first].T
-    return square

@@ -21,6 +21,7 @@ from .activations import Activations
 from .full_model import BlockRecord, FullModel
 from .places import TensorPlaces
 from .recorder import InputRecorder, InputSums
+from .replay import Replay
 
 
 class BlockMoments:
@@ -62,6 +63,7 @@ class BlockMoments:
         self.position = 0
         self.drifting = False
         self._recorded: tuple[int, BlockRecord] | None = None
+        self._replays = self._new_replays()  # of the quantized block at `position`, by batch
 
     def tensors(self, i: int) -> list[str]:
         """Return the tensors of block i, of those that will be quantized or replaced."""
@@ -109,6 +111,8 @@ class BlockMoments:
         i, record = self.position, self.record(self.position)
         for first in dict.fromkeys(record.same_input_as.values()):
             layer = self._layer_moments(i, record, first, self.drifting)
+            for inputs in record.inputs:
+                inputs.pop((first, 0), None)  # a block's inputs take more memory than the block
             yield {
                 name: self._of_tensor(name, record, layer)
                 for name in self.tensors(i)
@@ -135,10 +139,14 @@ class BlockMoments:
         """Go on to the next block."""
         self._recorded = None
         if self.position < self.places.last_block():
-            with torch.no_grad():
-                for batch in self.activations.batches(self.position):
+            for batch, replay in zip(self.activations.batches(self.position), self._replays, strict=True):
+                with torch.no_grad(), replay.again(is_final=lambda: False):
                     self.hidden[batch] = self.activations.run_block(self.position, batch, self.hidden[batch])
         self.position += 1
+        self._replays = self._new_replays()
+
+    def _new_replays(self) -> list[Replay]:
+        return [Replay() for _ in self.activations.batches(min(self.position, len(self.blocks) - 1))]
 
     def record(self, i: int) -> BlockRecord:
         """Return the full model's products in block i. The last one asked for is kept."""
@@ -153,24 +161,26 @@ class BlockMoments:
         where they are added to something.
         """
         sums = InputSums(self.blocks.parameters(i)[parameter])
+        weights = _by_batch(record, parameter)
         if not drifting:
-            for inputs in record.inputs:
+            for inputs, of_tokens in zip(record.inputs, weights, strict=True):
                 for (name, expert), x in inputs.items():
                     if name == parameter:
-                        sums.add(expert, x)
+                        sums.add(expert, x, of_tokens)
             return sums.moments(self.activations.sequences.numel()), sum(sums.counts)
         batches = self.activations.batches(i)
-        runs = zip(batches, self._quantized(i, parameter, record), record.inputs, record.sums, strict=True)
-        for batch, now, inputs, totals in runs:
+        runs = zip(batches, self._quantized(i, parameter, record), record.inputs, record.sums, weights, strict=True)
+        for batch, now, inputs, totals, of_tokens in runs:
             for (name, expert), x in now.inputs.items():
-                sums.add(expert, x)
                 # Experts may get other tokens in the full model, and so may a module that only some tokens reach.
-                if sums.has_experts or len(x) != self.activations.sequences[batch].numel():
+                same = not sums.has_experts and len(x) == self.activations.sequences[batch].numel()
+                sums.add(expert, x, of_tokens if same else None)
+                if not same:
                     continue
                 if name in totals:
-                    sums.add_drift("outputs", totals[name] - now.sums[name], x)
+                    sums.add_drift("outputs", totals[name] - now.sums[name], x, of_tokens)
                 else:
-                    sums.add_drift("inputs", inputs[name, expert] - x, x)
+                    sums.add_drift("inputs", inputs[name, expert] - x, x, of_tokens)
         if not sums.squares:  # no token reaches the parameter any more
             return self._layer_moments(i, record, parameter, drifting=False)
         return sums.moments(self.activations.sequences.numel()), sum(sums.counts)
@@ -183,9 +193,9 @@ class BlockMoments:
         last = parameter if parameters[parameter].dim() == 2 else None
         has_sum = parameter in record.sums[0]
         recorder = InputRecorder(parameters, [parameter], *((None, last) if has_sum else (last, None)))
-        for batch in self.activations.batches(i):
+        for batch, replay in zip(self.activations.batches(i), self._replays, strict=True):
             recorder.inputs, recorder.sums = {}, {}
-            with torch.no_grad(), recorder:
+            with torch.no_grad(), recorder, replay.again(is_final=lambda: not recorder.inputs):
                 self.activations.run_block(i, batch, self.hidden[batch])
             yield recorder
 
@@ -208,3 +218,12 @@ class BlockMoments:
             outputs=None if outputs is None or rows is None else rows.of_outputs(outputs / n_tokens),
             output_drift=None if drift is None or rows is None else drift[rows.order.to(drift.device)],
         )
+
+
+def _by_batch(record: BlockRecord, parameter: str) -> list[Tensor | None]:
+    """Return how much each token of each batch counts in the moments of a parameter; None if all count alike."""
+    n_tokens = [len(inputs[parameter, 0]) if (parameter, 0) in inputs else 0 for inputs in record.inputs]
+    weights = record.weights.get(parameter)
+    if weights is None or sum(n_tokens) != len(weights):
+        return [None] * len(n_tokens)
+    return list(weights.split(n_tokens))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..files.gguf import GgufFile, block_number
 from ..files.imatrix import Imatrix
 from ..models.weights import load_weight
-from ..quantizer.moments import Moments
+from ..quantizer.moments import Moments, gram
 
 # Random tokens that go through the blocks.
 N_TOKENS = 8192
@@ -74,7 +74,7 @@ class SyntheticMoments:
         if name not in self.inputs:
             return None
         x = self.inputs[name]
-        moments = x.T @ x / len(x)
+        moments = gram(x) / len(x)
         diagonal = moments.diagonal().clone()
         # As if as many tokens as there are channels had shown no correlation at all, and then SHRINKAGE.
         moments *= (1 - SHRINKAGE) * len(x) / sum(x.shape)

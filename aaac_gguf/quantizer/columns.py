@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files.format import SELECTOR_SIZE
 from .grid import CELLS, CELLS_PER_UNIT, Encoded, Grid
-from .moments import Factor, inverse_root
+from .moments import Factor, inverse_root, triangular_inverse
 
 BLOCK_COLUMNS = 128  # the errors of a block move the columns after it in one matrix product
 
@@ -62,22 +62,34 @@ class LayerMetrics:
     free   the columns after the group can still move, as in feedback
     fixed  all other columns are decided, as in sweeps
 
-    hessian, u   H and its factor for the whole layer, float32 [K, K]
+    inputs       the damped H of the whole layer
+    block_u      for each block of columns, U upper triangular [n, n] with U^-1 = R_BB: the factor of what is left of
+                 the block's error when the columns after it are free to move
     fixed_roots  float32 [n_groups, g, g]: U upper triangular with (H_GG)^-1 = U^T U for each group G
     """
 
     def __init__(self, inputs: Factor, group_size: int):
-        self.hessian, self.u = inputs.hessian, inputs.u
-        n_groups = len(inputs.u) // group_size
-        self._free_roots, fixed = (
-            m.view(n_groups, group_size, n_groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            for m in (inputs.u, inputs.hessian)
-        )
+        self.inputs, self.hessian, self.group_size = inputs, inputs.hessian, group_size
+        blocks = column_blocks(len(inputs.hessian))
+        self.block_u = [triangular_inverse(inputs.root[b, b].double()).float().contiguous() for b in blocks]
+        n_groups = len(inputs.hessian) // group_size
+        shape = n_groups, group_size, n_groups, group_size
+        fixed = inputs.hessian.view(shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         self.fixed_roots = inverse_root(fixed.double()).float().contiguous()
 
     @cached_property
     def free(self) -> list[GroupMetric]:
-        return [GroupMetric(u) for u in self._free_roots]
+        groups = (range(0, len(u), self.group_size) for u in self.block_u)
+        size = self.group_size
+        return [
+            GroupMetric(u[i : i + size, i : i + size])
+            for u, starts in zip(self.block_u, groups, strict=True)
+            for i in starts
+        ]
+
+    def u(self, block: slice) -> Tensor:
+        """Return the factor of a block of `column_blocks`."""
+        return self.block_u[block.start // BLOCK_COLUMNS]
 
     @cached_property
     def fixed(self) -> list[GroupMetric]:
@@ -246,18 +258,17 @@ class FeedbackSearch(ABC, Generic[AnyColumns]):
     def _write(self, columns: AnyColumns, group: slice, chosen: Candidate) -> None:
         """Decide on an encoding of a group."""
 
-    def feed_back(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
+    def feed_back(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, w: Tensor) -> None:
         """Decide the groups of a block of columns for the weights `w` [n, N], as earlier errors have moved them.
 
-        `w` may be overwritten. Return U^-T (w - q) [n, N]: times the rows of U it gives the moves of later columns.
+        `w` may be overwritten.
         """
-        errors = torch.empty_like(w)
+        u = metrics.u(block)
         for group, inside in groups_of_block(block, self.group_size):
             metric = metrics.free[group.start // self.group_size]
             self._write(columns, group, self._best(columns, group, w[inside], metric))
-            errors[inside] = metric.root @ (w[inside] - columns.q[group])
-            w[inside.stop :].addmm_(metrics.u[group, group.stop : block.stop].T, errors[inside], alpha=-1)
-        return errors
+            error = metric.root @ (w[inside] - columns.q[group])
+            w[inside.stop :].addmm_(u[inside, inside.stop :].T, error, alpha=-1)
 
     def sweep(self, columns: AnyColumns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None:
         """Decide the groups of a block again, with all other groups as they are, and keep what lowers the error.

@@ -84,12 +84,10 @@ def available(device: torch.device) -> bool:
 class CudaSearch(TorchSearch):
     """The search over the values of one grid on a GPU: error feedback by search.cu, and the rest in torch."""
 
-    def feed_back(self, columns: Columns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
-        errors = torch.empty_like(w)
-        u, decided = metrics.u, columns.block(block, self.group_size)
-        start = (u[block, block], len(u), self.starts, len(self.starts))
-        self._launch("aaac_feed_back", *w.shape, *start, w, *decided, errors)
-        return errors
+    def feed_back(self, columns: Columns, metrics: LayerMetrics, block: slice, w: Tensor) -> None:
+        u, decided = metrics.u(block), columns.block(block, self.group_size)
+        start = (u, len(u), self.starts, len(self.starts))
+        self._launch("aaac_feed_back", *w.shape, *start, w, *decided)
 
     def sweep(self, columns: Columns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None:
         h, decided = metrics.hessian, columns.block(block, self.group_size)

@@ -1,9 +1,9 @@
 """Error feedback with the second moments of a layer, of the GPTQ / LDLQ family, with searched scales and two codebooks.
 
-The output error of the layer is `tr((W - Q) H (W - Q)^T)` with `H = E[x x^T]`. Let `H^-1 = U^T U` with U upper
-triangular. Columns are quantized from left to right. The error of column j moves every later column k by
-`-(w_j - q_j) U_jk / U_jj`: these are the best later weights once column j is fixed. The remaining error is
-`sum_j (w_j - q_j)^2 / U_jj^2`.
+The output error of the layer is `tr(E H E^T)` with `E = W - Q` and `H = E[x x^T]`. Let `H = R R^T` with R upper
+triangular (Cholesky from the last column on). Then the error is `|E R|^2`, and column j of `E R` knows the errors of
+columns up to j only. So columns are quantized from left to right. The target of column j is
+`w_j + sum_{i<j} e_i R_ij / R_jj`, which makes up for the errors before it, and what is left of it counts `R_jj^2`.
 
 A group is decided at once. Several scales and both codebooks are tried with feedback inside the group, and the
 candidate of least error is kept. Groups of the most active columns come first: their errors can still be made up for.
@@ -72,10 +72,10 @@ def _decide_columns(
     weight: Tensor, columns: AnyColumns, metrics: LayerMetrics, search: FeedbackSearch[AnyColumns]
 ) -> None:
     """Decide all columns of some rows, `weight` [K, N]."""
-    moved = weight.clone()
+    errors = torch.empty_like(weight)
     for block in column_blocks(len(weight)):
-        errors = search.feed_back(columns, metrics, block, moved[block])
-        moved[block.stop :].addmm_(metrics.u[block, block.stop :].T, errors, alpha=-1)
+        search.feed_back(columns, metrics, block, weight[block] + metrics.inputs.move(block, errors[: block.start]))
+        errors[block] = weight[block] - columns.q[block]
 
 
 def _sweep_columns(
@@ -117,14 +117,11 @@ def _in_row_blocks(
     coupling = factor(outputs[order][:, order], OUTPUT_DAMPING)
     weight = weight[order]
     blocks = [slice(int(i[0]), int(i[-1]) + 1) for i in torch.arange(n_rows).split(-(-n_rows // _ROW_BLOCKS))]
-    moved, decoded, parts = weight.clone(), torch.empty_like(weight), []
+    error, parts = torch.empty_like(weight), []
     for block in blocks:
-        decoded[block], part = decide(moved[block], order[block])
+        decoded, part = decide(weight[block] + coupling.move(block, error[: block.start]), order[block])
+        error[block] = weight[block] - decoded
         parts.append(part)
-        diagonal, rest = coupling.u[block, block], coupling.u[block, block.stop :]
-        error = torch.linalg.solve_triangular(diagonal.T, moved[block] - decoded[block], upper=False)
-        moved[block.stop :].addmm_(rest.T, error, alpha=-1)
-    error = weight - decoded
     for _ in range(n_sweeps):
         for block, part in zip(blocks, parts, strict=True):
             # If nothing were rounded, the error of this block that suits the others best is -O_bb^-1 O_br E_r.

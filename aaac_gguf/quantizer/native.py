@@ -75,12 +75,10 @@ class NativeSearch(TorchSearch):
         self._call("aaac_lloyd_sums", len(w), self.group_size, w, a, starts, len(starts), sums)
         return sums
 
-    def feed_back(self, columns: Columns, metrics: LayerMetrics, block: slice, w: Tensor) -> Tensor:
-        errors = torch.empty_like(w)
-        u, decided = metrics.u, columns.block(block, self.group_size)
-        start = (u[block, block], len(u), self.starts, len(self.starts))
-        self._call("aaac_feed_back", *w.shape, self.group_size, *start, w, *decided, errors)
-        return errors
+    def feed_back(self, columns: Columns, metrics: LayerMetrics, block: slice, w: Tensor) -> None:
+        u, decided = metrics.u(block), columns.block(block, self.group_size)
+        start = (u, len(u), self.starts, len(self.starts))
+        self._call("aaac_feed_back", *w.shape, self.group_size, *start, w, *decided)
 
     def sweep(self, columns: Columns, metrics: LayerMetrics, block: slice, gradient: Tensor) -> None:
         h, decided = metrics.hessian, columns.block(block, self.group_size)

@@ -378,11 +378,11 @@ static void write_candidate(const grid *g, const candidate *c, int size, int wid
     store(c->level, size, width, level, stride);
 }
 
-// TorchSearch.feed_back for a block of `n` columns. w, q, level, error [n][rows]; selector [n / 16][rows];
-// code [n / size][rows]. u: the upper triangle of the block, of row stride `ld`. error becomes U^-T (w - q).
+// TorchSearch.feed_back for a block of `n` columns. w, q, level [n][rows]; selector [n / 16][rows];
+// code [n / size][rows]. u: the upper triangle of the block, of row stride `ld`.
 void aaac_feed_back(const grid *g, int64_t n, int64_t rows, int64_t size, const float *u, int64_t ld,
                     const float *starts, int64_t n_starts, const float *w, float *q, float *level, uint8_t *selector,
-                    int64_t *code, float *error) {
+                    int64_t *code) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t row = 0; row < rows; row += LANES) {
         const int width = rows - row < LANES ? rows - row : LANES;
@@ -399,7 +399,6 @@ void aaac_feed_back(const grid *g, int64_t n, int64_t rows, int64_t size, const 
             write_candidate(g, &c, size, width, rows, q + k * rows + row, level + k * rows + row,
                             selector + k / RUN * rows + row, code + k / size * rows + row);
         }
-        store(left, n, width, error + row, rows);
     }
 }
 

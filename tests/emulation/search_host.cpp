@@ -24,9 +24,9 @@ void constants(int out[5]) {
 }
 
 void aaac_feed_back(int size, int blocks, int threads, const aaac_grid * grid, int n, int n_rows, const float * u, int ld, const float * starts,
-                    int n_starts, const float * w, float * q, float * level, uint8_t * second, int64_t * code, float * error) {
+                    int n_starts, const float * w, float * q, float * level, uint8_t * second, int64_t * code) {
     with_group_size(size, [&](auto g) {
-        launch({blocks}, threads, [&] { ::aaac_feed_back<g>(*grid, n, n_rows, u, ld, starts, n_starts, w, q, level, second, code, error); });
+        launch({blocks}, threads, [&] { ::aaac_feed_back<g>(*grid, n, n_rows, u, ld, starts, n_starts, w, q, level, second, code); });
     });
 }
 

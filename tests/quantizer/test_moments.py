@@ -18,32 +18,46 @@ def hessian() -> torch.Tensor:
     return torch.from_numpy(x.T @ x / 2048).float()
 
 
-def test_factor_inverts_the_damped_hessian():
+def test_the_root_is_that_of_the_damped_hessian():
     h = hessian()
     factored = factor(h, 0.01)
-    u = factored.u
+    root = factored.root.double()
     assert factored.damping == 0.01
-    assert torch.equal(u, u.triu())
+    assert torch.equal(root, root.triu())
     damped = h.double() / h.diagonal().mean() + 0.01 * torch.eye(K)
     assert torch.allclose(factored.hessian.double(), damped)
-    assert torch.allclose(u.double().T @ u.double() @ damped, torch.eye(K, dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(root @ root.T, damped, atol=1e-5)
+    right = torch.randn(K, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(damped @ factored.solve(right).double(), right.double(), atol=1e-4)
+
+
+def test_the_move_of_a_block_suits_the_errors_before_it():
+    """The error is a quadratic function of the block's, and least where its gradient is zero."""
+    factored = factor(hessian(), 0.01)
+    errors = torch.randn(128, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block, rest = slice(128, 160), slice(160, K)
+    h = factored.hessian.double()
+    # What comes after the block is free to move.
+    left = h[:160, :160] - h[:160, rest] @ torch.linalg.solve(h[rest, rest], h[rest, :160])
+    expected = torch.linalg.solve(left[block, block], left[block, :128] @ errors)
+    torch.testing.assert_close(factored.move(block, errors.float()).double(), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_dead_channel_has_no_neighbours():
     h = hessian()
     h[32:64] = 0
     h[:, 32:64] = 0
-    u = factor(h, 0.01).u
-    assert torch.allclose(u.diagonal()[32:64], torch.tensor(1.01**-0.5))
-    assert (u[32:64, 64:] == 0).all()
-    assert (u[:32, 32:64] == 0).all()
+    root = factor(h, 0.01).root
+    assert torch.allclose(root.diagonal()[32:64], torch.tensor(1.01**0.5))
+    assert (root[32:64, 64:] == 0).all()
+    assert (root[:32, 32:64] == 0).all()
 
 
 def test_a_hessian_that_is_not_definite_takes_more_damping_and_says_so():
     h = torch.ones(K, K) - 0.05 * torch.eye(K)  # smallest eigenvalue -0.05, diagonal 0.95
     factored = factor(h, 0.01)
     assert factored.damping == pytest.approx(0.1)
-    assert torch.isfinite(factored.u).all()
+    assert torch.isfinite(factored.root).all()
 
 
 def test_inverse_roots_of_many_matrices():

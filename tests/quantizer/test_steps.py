@@ -8,7 +8,7 @@ from search_samples import K_TYPES, NEEDS_C, check_alike, moment, samples
 from aaac_gguf.quantizer.backends import BACKENDS
 from aaac_gguf.quantizer.feedback import feedback
 from aaac_gguf.quantizer.kquants import KQUANTS
-from aaac_gguf.quantizer.moments import factor, output_error
+from aaac_gguf.quantizer.moments import factor, output_error, triangular_inverse
 from aaac_gguf.quantizer.steps import StepSearch
 
 
@@ -37,7 +37,7 @@ def test_scales_chosen_with_feedback_and_a_sweep_win(type):
     w, inputs = samples(24, 512), factor(moment(512, 2000))
     layout = KQUANTS[type]
     steps = layout.steps(w, inputs.hessian.diagonal().expand(w.shape))
-    moved, u = w.clone(), inputs.u
+    moved, u = w.clone(), triangular_inverse(inputs.root)
     values = torch.empty_like(w)
     step, offset, inverse = (t.expand(-1, -1, layout.run).reshape(w.shape) for t in steps.products())
     for j in range(512):
