@@ -106,14 +106,16 @@ def read_tables(document: str) -> dict[str, list[Point]]:
     models: dict[str, list[Point]] = {}
     model, inside = "", False
     for line in document.splitlines():
-        if heading := re.match(r"#+ (?:A real checkpoint: )?(\w+-[\w.-]*\d+M|\w+-[\w.-]*\dB)$", line):
+        if heading := re.match(r"#+ (?:A real checkpoint: )?([\w.-]+-[\d.]+[MB])$", line):
             model = heading[1]
+        elif line.startswith("## "):
+            model = ""
         cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
         if cells[:2] == ["mean KL divergence", "bytes"]:
             inside = True
         elif not line.startswith("|"):
             inside = False
-        elif inside and len(cells) > 2 and cells[1].replace(",", "").isdigit():
+        elif model and inside and len(cells) > 2 and cells[1].replace(",", "").isdigit():
             values = [float(cell.split()[0]) for cell in cells[2:]]
             mean = math.exp(sum(map(math.log, values)) / len(values))
             models.setdefault(model, []).append(Point(cells[0], int(cells[1].replace(",", "")), mean))
@@ -157,7 +159,11 @@ def draw_quality(document: Path, out: Path) -> None:
                 if re.fullmatch(names, point.name):
                     drawing.dot(x(point.n_bytes), y(point.divergence), colour)
                     if colour == "c":
-                        drawing.text(x(point.n_bytes) + 8, y(point.divergence) + 4, point.name, "small dim")
+                        left_of_dot = point.name.endswith("_S")  # Q4_K_M and Q5_K_M are near to these
+                        shift, anchor = (-8, " end") if left_of_dot else (8, "")
+                        drawing.text(
+                            x(point.n_bytes) + shift, y(point.divergence) + 4, point.name, f"small dim{anchor}"
+                        )
     for (label, colour, _), left in zip(SERIES, (24, 270, 548), strict=True):
         drawing.dot(left + 5, 376, colour)
         drawing.text(left + 16, 380, label, "small")
