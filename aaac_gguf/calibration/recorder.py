@@ -102,7 +102,7 @@ class InputRecorder(Products):
 
     def _add_gradient(self, name: str, g: Tensor, norms: Tensor) -> None:
         norms[1] = row_norms(g)
-        weighted = g * norms[0].sqrt()[:, None].to(g.dtype)
+        weighted = _scaled(g, norms[0].sqrt())
         add_product(self.outputs, name, weighted, weighted)
 
     def fisher(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -146,7 +146,7 @@ class InputSums:
         """Add the inputs x [tokens, K] of an expert. weights: of the tokens, float32 [tokens]."""
         if not x.is_cuda:  # a CPU would round sums of bfloat16 too: a large channel's by more than all of another has
             x = x.float()
-        weighted = x if weights is None else x * weights.sqrt()[:, None].to(x.dtype)
+        weighted = x if weights is None else _scaled(x, weights.sqrt())
         add_product(self.squares, expert, weighted, weighted)
         self.counts[expert] += len(x)
 
@@ -155,7 +155,7 @@ class InputSums:
     ) -> None:
         """Add how far the inputs x [tokens, K], or the outputs, are from those of the full model: `difference`."""
         if weights is not None:
-            x = x * weights[:, None].to(x.dtype)
+            x = _scaled(x, weights)
         with fast_products():
             add_product(self.drift, of, difference, x)
 
@@ -171,6 +171,11 @@ class InputSums:
 def row_norms(values: Tensor) -> Tensor:
     """Return the Euclidean norm of every row of `values` [n, K], float32 [n]."""
     return torch.linalg.vector_norm(values, dim=1, dtype=torch.float32)
+
+
+def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
+    """Return `rows` [n, K] times `factors` float32 [n], in the type of the rows."""
+    return rows * factors[:, None].to(rows.dtype)
 
 
 def add_product(sums: dict[Any, Tensor], key: Any, a: Tensor, b: Tensor) -> None:
