@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..files.gguf import GgufFile, block_number
 from ..files.imatrix import Imatrix
+from ..models.blocks import fast_products
 from ..models.weights import load_weight
 from ..quantizer.moments import Moments, gram
 
@@ -170,7 +171,8 @@ class SyntheticMoments:
         return x if bias is None else x + bias
 
     def _product(self, x: Tensor, stem: str) -> Tensor:
-        out = x @ load_weight(self.file, f"{stem}.weight", self.device).T
+        with fast_products():
+            out = (x @ load_weight(self.file, f"{stem}.weight", self.device).T).float()
         self.file.release()
         bias = self._vector(f"{stem}.bias")
         return out if bias is None else out.add_(bias)
