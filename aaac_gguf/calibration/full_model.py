@@ -17,21 +17,15 @@ from ..progress import progress
 from .activations import Activations
 from .recorder import InputRecorder, LayerInputs, add_product
 
-_OUTPUTS, _WEIGHTS = "outputs/", "weights/"  # what a block's file has, by parameter
-
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """The full model's products in one block; see `InputRecorder`. `inputs` and `sums` have an entry per batch.
-
-    outputs, weights  see `InputRecorder.fisher`
-    """
+    """The full model's products in one block; see `InputRecorder`. `inputs` and `sums` have an entry per batch."""
 
     inputs: list[LayerInputs]
     sums: list[dict[str, Tensor]]
     same_input_as: dict[str, str]
     outputs: dict[str, Tensor]
-    weights: dict[str, Tensor]
 
 
 class FullModel:
@@ -63,13 +57,12 @@ class FullModel:
         self.wanted, self.folder = wanted, folder
         if measured:
             for i in range(len(self.blocks)):
-                self._sums(i)
+                self._outputs(i)
             return
         self.uniform = torch.rand(*activations.sequences.shape, 1, generator=torch.Generator().manual_seed(seed))
         self.gradients = torch.empty(self.hidden.shape[1:], dtype=self.hidden.dtype)
         last = len(self.blocks) - 1
         first = 0 if embeddings else next((i for i, parameters in enumerate(wanted) if parameters), last)
-        of_embeddings: dict[str, Tensor] = {}
         for i in progress(range(last, first - 1, -1), desc="measuring sensitivities", unit="block"):
             self.blocks.load(i)
             recorder = InputRecorder(self.blocks.parameters(i), wanted[i])
@@ -84,12 +77,9 @@ class FullModel:
                 self.gradients[batch] = gradient
                 if i == 0 and embeddings:
                     g = gradient.flatten(0, 1)
-                    add_product(of_embeddings, embeddings, g, g)
-            outputs, weights = recorder.fisher()
-            packed = {f"{_OUTPUTS}{n}": _packed(sums) for n, sums in (outputs | of_embeddings).items()}
-            tensors = packed | {f"{_WEIGHTS}{n}": of_tokens.cpu() for n, of_tokens in weights.items()}
+                    add_product(recorder.outputs, embeddings, g, g)
             # Bytes, since safetensors opens no path that is not UTF-8.
-            self._file(i).write_bytes(save(tensors))
+            self._outputs_file(i).write_bytes(save({n: _packed(sums) for n, sums in recorder.outputs.items()}))
 
     def record(self, i: int) -> BlockRecord:
         """Run block i on all sequences and return its products. It must still have its full-precision weights."""
@@ -102,28 +92,22 @@ class FullModel:
                 self.activations.run_block(i, batch, self.hidden[i, batch])
             inputs.append(recorder.inputs)
             sums.append(recorder.sums)
-        device, kept = self.blocks.model.device, self._sums(i)
-        outputs = {name: _unpacked(sum_).to(device) for name, sum_ in kept[_OUTPUTS].items()}
-        weights = {name: of_tokens.to(device) for name, of_tokens in kept[_WEIGHTS].items()}
-        return BlockRecord(inputs, sums, recorder.same_input_as, outputs, weights)
+        outputs = {name: _unpacked(sum_).to(self.blocks.model.device) for name, sum_ in self._outputs(i).items()}
+        return BlockRecord(inputs, sums, recorder.same_input_as, outputs)
 
     def at_embeddings(self, parameter: str) -> Tensor | None:
         """Return the sum of g g^T float32 [d, d] of the gradients at the first block's input; None if there is none."""
-        packed = self._sums(0)[_OUTPUTS].get(parameter)
+        packed = self._outputs(0).get(parameter)
         return None if packed is None else _unpacked(packed).to(self.blocks.model.device)
 
-    def _sums(self, i: int) -> dict[str, dict[str, Tensor]]:
-        """Return the packed sums, and the weights of tokens, of block i. Raises AaacError for a file not whole."""
+    def _outputs(self, i: int) -> dict[str, Tensor]:
+        """Return the packed sums of block i. Raises AaacError for a file that is not whole."""
         try:
-            tensors = load(self._file(i).read_bytes())
+            return load(self._outputs_file(i).read_bytes())
         except (OSError, SafetensorError) as e:
-            raise AaacError(f"`moments` {self._file(i)}: cannot be read ({e}); measure again") from None
-        return {
-            kind: {key.removeprefix(kind): tensor for key, tensor in tensors.items() if key.startswith(kind)}
-            for kind in (_OUTPUTS, _WEIGHTS)
-        }
+            raise AaacError(f"`moments` {self._outputs_file(i)}: cannot be read ({e}); measure again") from None
 
-    def _file(self, i: int) -> Path:
+    def _outputs_file(self, i: int) -> Path:
         return self.folder / f"outputs-{i}.safetensors"
 
     def _backward(self, i: int, batch: slice, recorder: InputRecorder) -> Tensor:

@@ -18,18 +18,15 @@ MAX_OUTPUTS = 1 << 15
 # The ways in which a block adds a product's output to what it has, which most often is the residual stream.
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
 
-_TINY = torch.finfo(torch.float32).tiny
-
 # Inputs [tokens, K] by parameter name and expert (0 for a parameter without experts).
 LayerInputs = dict[tuple[str, int], Tensor]
 
 
 class InputRecorder(Products):
-    """Keeps the inputs of parameters while a block runs, and sums over their output gradients g in a backward pass.
+    """Keeps the inputs of parameters while a block runs, and sums g g^T of their output gradients g in a backward pass.
 
     inputs         of the sequences that run; the caller empties it before each batch
-    outputs        float32 [N, N] by parameter: the sum of |x| g g^T over tokens, for the inputs x of each
-    norms          by parameter, for each of its products: |x| and |g| of the tokens, float32 [2, tokens]
+    outputs        float32 [N, N] by parameter: the sum of g g^T
     same_input_as  by parameter, in the order of the products: the first parameter with the same inputs, which may be
                    itself. For Q, K and V it is Q. Only this first one is in `inputs`.
     sums           [tokens, N] by parameter: the output together with what it is added to, if that is the next thing
@@ -54,22 +51,18 @@ class InputRecorder(Products):
         self.sums: dict[str, Tensor] = {}
         self._output: tuple[str, Tensor] | None = None  # of the latest product with a 2-D parameter
         self.outputs: dict[str, Tensor] = {}
-        self.norms: dict[str, list[Tensor]] = {}
         self.same_input_as: dict[str, str] = {}
-        self._product: tuple[str, Tensor] | None = None  # the 2-D parameter of the product that runs, and its inputs
+        self._product: str | None = None  # the 2-D parameter of the product that runs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._product = None
         out = super().__torch_function__(func, types, args, kwargs)
         if self._product and self.has_rows:
-            self._output = self._product[0], out.detach()
+            self._output = self._product, out.detach()
         elif self._output and func in _ADDITIONS:
             self._record_sum(*self._output, args, out)
-        if self._product and self.has_rows and out.requires_grad and out.shape[-1] <= MAX_OUTPUTS:
-            name, inputs = self._product
-            norms = torch.stack([row_norms(inputs), inputs.new_zeros(len(inputs), dtype=torch.float32)])
-            self.norms.setdefault(name, []).append(norms)
-            out.register_hook(lambda g: self._add_gradient(name, g.detach().reshape(-1, g.shape[-1]), norms))
+        if (name := self._product) and self.has_rows and out.requires_grad and out.shape[-1] <= MAX_OUTPUTS:
+            out.register_hook(lambda g: self._add_gradient(name, g.detach().reshape(-1, g.shape[-1])))
         return out
 
     def _record_sum(self, name: str, output: Tensor, terms: tuple[Any, ...], total: Tensor) -> None:
@@ -86,7 +79,7 @@ class InputRecorder(Products):
         if name not in self.wanted:
             return
         if self.dims[name] == 2:
-            self._product = name, inputs
+            self._product = name
             matrices = (first for first, _ in reversed(self.inputs) if self.dims[first] == 2)
             if first := next(matrices, None):
                 latest = self.inputs[first, 0]
@@ -100,31 +93,8 @@ class InputRecorder(Products):
         if name == self.last:
             raise StopForward(inputs)
 
-    def _add_gradient(self, name: str, g: Tensor, norms: Tensor) -> None:
-        norms[1] = row_norms(g)
-        weighted = _scaled(g, norms[0].sqrt())
-        add_product(self.outputs, name, weighted, weighted)
-
-    def fisher(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return what all products so far say of the Fisher information, for moments that count some tokens more.
-
-        The first are the sums of |x| g g^T, scaled so that tr(O) tr(H) / n is the sum of |x|^2 |g|^2, where H is the
-        sum of x x^T over n tokens. The second are the weights of the tokens in H, float32 [n], by the first parameter
-        with the same inputs. They go by |g| at all outputs together, and do not change tr(H).
-        """
-        outputs: dict[str, Tensor] = {}
-        by_inputs: dict[str, tuple[Tensor, list[Tensor]]] = {}
-        for name, parts in self.norms.items():
-            x, g = torch.cat(parts, 1).square()
-            scale = (x * g).sum() / (x.mean() * self.outputs[name].trace()).clamp_min(_TINY)
-            outputs[name] = self.outputs[name] * scale
-            by_inputs.setdefault(self.same_input_as[name], (x, []))[1].append(g / g.mean().clamp_min(_TINY))
-        weights: dict[str, Tensor] = {}
-        for first, (x, squares) in by_inputs.items():
-            lengths = torch.stack([g for g in squares if len(g) == len(x)]).sum(0).sqrt()
-            if lengths.any():
-                weights[first] = lengths * (x.sum() / (lengths @ x).clamp_min(_TINY))
-        return outputs, weights
+    def _add_gradient(self, name: str, g: Tensor) -> None:
+        add_product(self.outputs, name, g, g)
 
 
 class InputSums:
@@ -142,20 +112,15 @@ class InputSums:
         self.drift: dict[str, Tensor] = {}
         self.counts = [0] * (len(parameter) if self.has_experts else 1)
 
-    def add(self, expert: int, x: Tensor, weights: Tensor | None = None) -> None:
-        """Add the inputs x [tokens, K] of an expert. weights: of the tokens, float32 [tokens]."""
+    def add(self, expert: int, x: Tensor) -> None:
+        """Add the inputs x [tokens, K] of an expert."""
         if not x.is_cuda:  # a CPU would round sums of bfloat16 too: a large channel's by more than all of another has
             x = x.float()
-        weighted = x if weights is None else _scaled(x, weights.sqrt())
-        add_product(self.squares, expert, weighted, weighted)
+        add_product(self.squares, expert, x, x)
         self.counts[expert] += len(x)
 
-    def add_drift(
-        self, of: Literal["inputs", "outputs"], difference: Tensor, x: Tensor, weights: Tensor | None = None
-    ) -> None:
+    def add_drift(self, of: Literal["inputs", "outputs"], difference: Tensor, x: Tensor) -> None:
         """Add how far the inputs x [tokens, K], or the outputs, are from those of the full model: `difference`."""
-        if weights is not None:
-            x = _scaled(x, weights)
         with fast_products():
             add_product(self.drift, of, difference, x)
 
@@ -166,16 +131,6 @@ class InputSums:
         inputs = torch.stack(means) if self.has_experts else means[0]
         drift = {of: total / self.counts[0] for of, total in self.drift.items()}
         return Moments(inputs, None, drift.get("inputs"), drift.get("outputs"), n_tokens)
-
-
-def row_norms(values: Tensor) -> Tensor:
-    """Return the Euclidean norm of every row of `values` [n, K], float32 [n]."""
-    return torch.linalg.vector_norm(values, dim=1, dtype=torch.float32)
-
-
-def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return `rows` [n, K] times `factors` float32 [n], in the type of the rows."""
-    return rows * factors[:, None].to(rows.dtype)
 
 
 def add_product(sums: dict[Any, Tensor], key: Any, a: Tensor, b: Tensor) -> None:

@@ -161,26 +161,24 @@ class BlockMoments:
         where they are added to something.
         """
         sums = InputSums(self.blocks.parameters(i)[parameter])
-        weights = _by_batch(record, parameter)
         if not drifting:
-            for inputs, of_tokens in zip(record.inputs, weights, strict=True):
+            for inputs in record.inputs:
                 for (name, expert), x in inputs.items():
                     if name == parameter:
-                        sums.add(expert, x, of_tokens)
+                        sums.add(expert, x)
             return sums.moments(self.activations.sequences.numel()), sum(sums.counts)
         batches = self.activations.batches(i)
-        runs = zip(batches, self._quantized(i, parameter, record), record.inputs, record.sums, weights, strict=True)
-        for batch, now, inputs, totals, of_tokens in runs:
+        runs = zip(batches, self._quantized(i, parameter, record), record.inputs, record.sums, strict=True)
+        for batch, now, inputs, totals in runs:
             for (name, expert), x in now.inputs.items():
+                sums.add(expert, x)
                 # Experts may get other tokens in the full model, and so may a module that only some tokens reach.
-                same = not sums.has_experts and len(x) == self.activations.sequences[batch].numel()
-                sums.add(expert, x, of_tokens if same else None)
-                if not same:
+                if sums.has_experts or len(x) != self.activations.sequences[batch].numel():
                     continue
                 if name in totals:
-                    sums.add_drift("outputs", totals[name] - now.sums[name], x, of_tokens)
+                    sums.add_drift("outputs", totals[name] - now.sums[name], x)
                 else:
-                    sums.add_drift("inputs", inputs[name, expert] - x, x, of_tokens)
+                    sums.add_drift("inputs", inputs[name, expert] - x, x)
         if not sums.squares:  # no token reaches the parameter any more
             return self._layer_moments(i, record, parameter, drifting=False)
         return sums.moments(self.activations.sequences.numel()), sum(sums.counts)
@@ -218,12 +216,3 @@ class BlockMoments:
             outputs=None if outputs is None or rows is None else rows.of_outputs(outputs / n_tokens),
             output_drift=None if drift is None or rows is None else drift[rows.order.to(drift.device)],
         )
-
-
-def _by_batch(record: BlockRecord, parameter: str) -> list[Tensor | None]:
-    """Return how much each token of each batch counts in the moments of a parameter; None if all count alike."""
-    n_tokens = [len(inputs[parameter, 0]) if (parameter, 0) in inputs else 0 for inputs in record.inputs]
-    weights = record.weights.get(parameter)
-    if weights is None or sum(n_tokens) != len(weights):
-        return [None] * len(n_tokens)
-    return list(weights.split(n_tokens))

@@ -6,7 +6,7 @@ measurements.json       what was measured: version of the format, source, settin
 imatrix.gguf            the importance of every matrix, as llama-imatrix writes it; absent without calibration
 sequences.safetensors   the tokens that the model ran on, and this and all below only if a model ran:
 activations             the inputs of every decoder block (`calibration.activations`)
-outputs-*.safetensors   the sums of gradients of every decoder block, and how much each token counts
+outputs-*.safetensors   the sums of gradients of every decoder block (`calibration.full_model`)
 types.jsonl             the error of each matrix as each type, added by the conversions that measure it
 """
 
@@ -29,7 +29,7 @@ from ..errors import AaacError
 from ..files.imatrix import Imatrix, read_imatrix, write_imatrix
 from .settings import CalibrationKind, Settings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 
 HEADER, _IMATRIX, _SEQUENCES, _TYPES = "measurements.json", "imatrix.gguf", "sequences.safetensors", "types.jsonl"
 # The settings that what is measured depends on, and the files too.

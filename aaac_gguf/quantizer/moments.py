@@ -2,10 +2,8 @@
 
 A change D of the weights of one layer causes a KL divergence of `E[(g^T D x)^2] / 2`, to second order. Here x is the
 layer's input, and g the gradient, with respect to the output, of the log-likelihood of a token that the model itself
-drew. This is taken as `tr(O D H D^T) / 2`. H tells which inputs matter, O which outputs. In K-FAC (Martens and Grosse,
-2015) they are `E[x x^T]` and `E[g g^T]`, as if x and g were independent. Here tokens with long gradients count more in
-H, and those with long inputs more in O, as in a step of power iteration for the best such product (YAQA, Tseng et al.,
-2025): `H = E[|g| x x^T]`, `O = E[|x| g g^T]`, up to scale.
+drew. If x and g are taken as independent, as in K-FAC (Martens and Grosse, 2015) and YAQA (Tseng et al., 2025), this is
+`tr(O D H D^T) / 2` with `H = E[x x^T]` and `O = E[g g^T]`. H tells which inputs matter, O which outputs.
 
 Layers are quantized in the order in which the model runs them. Each is quantized for the inputs x' that the quantized
 layers before it give: `H = E[x' x'^T]`, and the target is the weights whose outputs on x' are nearest to those of the
@@ -29,12 +27,11 @@ class Moments:
     """The moments of one parameter as calibration measured them, on the model's device.
 
     inputs        float32 [K, K], or [E, K, K] for E experts: the mean of x x^T over the tokens that reached the
-                  parameter, each with its weight. It is zero for an expert that no token reached.
-    outputs       float32 [N, N]: the mean of g g^T over the same tokens, each with its weight; None for experts, and
-                  for too many outputs
-    drift         float32 [K, K]: the mean of (x_full - x) x^T, how far the inputs are from those of the full model,
-                  weighted as `inputs`; None if they are the same, for experts, and with `output_drift`
-    output_drift  float32 [N, K]: likewise of (y_full - y) x^T, for outputs y together with what the model adds them to
+                  parameter. It is zero for an expert that no token reached.
+    outputs       float32 [N, N]: the mean of g g^T over the same tokens; None for experts, and for too many outputs
+    drift         float32 [K, K]: the mean of (x_full - x) x^T, how far the inputs are from those of the full model;
+                  None if they are the same, for experts, and with `output_drift`
+    output_drift  float32 [N, K]: the mean of (y_full - y) x^T, for outputs y together with what the model adds them to
     n_tokens      the number of tokens of which the drifts are means
     """
 

@@ -119,18 +119,14 @@ def test_sums_with_the_residual_stream_are_kept():
 def test_output_gradients_are_summed(model, monkeypatch):
     parameters = dict(model.named_parameters())
     recorder = InputRecorder(parameters, parameters)
-    inputs, gradients = [], []
-    model.k.register_forward_hook(
-        lambda _, args, out: inputs.append(args[0].detach()) or (out.register_hook(gradients.append) and None)
-    )
+    gradients = []
+    model.k.register_forward_hook(lambda _, args, out: out.register_hook(gradients.append) and None)
     for _ in range(2):
         recorder.inputs = {}
         with recorder:
             out = model(torch.randn(5, 4))
         (out[0].square().sum() + out[1].square().sum()).backward()
-    x, g = torch.cat(inputs), torch.cat(gradients)
-    torch.testing.assert_close(recorder.outputs["k.weight"], (g * x.norm(dim=1, keepdim=True)).T @ g)
-    torch.testing.assert_close(torch.cat(recorder.norms["k.weight"], 1), torch.stack([x.norm(dim=1), g.norm(dim=1)]))
+    torch.testing.assert_close(recorder.outputs["k.weight"], sum(g.T @ g for g in gradients))
     assert set(recorder.outputs) == {"q.weight", "k.weight", "o.weight"}  # not of experts
 
     monkeypatch.setattr(recorder_module, "MAX_OUTPUTS", 5)
