@@ -159,11 +159,9 @@ def draw_quality(document: Path, out: Path) -> None:
                 if re.fullmatch(names, point.name):
                     drawing.dot(x(point.n_bytes), y(point.divergence), colour)
                     if colour == "c":
-                        left_of_dot = point.name.endswith("_S")  # Q4_K_M and Q5_K_M are near to these
-                        shift, anchor = (-8, " end") if left_of_dot else (8, "")
-                        drawing.text(
-                            x(point.n_bytes) + shift, y(point.divergence) + 4, point.name, f"small dim{anchor}"
-                        )
+                        shift, anchor = (-8, " end") if point.name == "Q5_K_S" else (8, "")  # Q5_K_M is near
+                        place = x(point.n_bytes) + shift, y(point.divergence) + 4
+                        drawing.text(*place, point.name, f"small dim{anchor}")
     for (label, colour, _), left in zip(SERIES, (24, 270, 548), strict=True):
         drawing.dot(left + 5, 376, colour)
         drawing.text(left + 16, 380, label, "small")
