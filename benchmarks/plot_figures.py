@@ -67,11 +67,6 @@ class Drawing:
     def line(self, x1: float, y1: float, x2: float, y2: float, classes: str = "axis") -> None:
         self.parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{classes}"/>')
 
-    def path(self, points: list[tuple[float, float]], classes: str) -> None:
-        self.parts.append(
-            f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="line stroke {classes}"/>'
-        )
-
     def dot(self, x: float, y: float, classes: str, radius: float = 4.5) -> None:
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="dot {classes}"/>')
 

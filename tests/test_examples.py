@@ -56,10 +56,9 @@ def test_quantize_folder_writes_the_bundled_model(tmp_path):
 
 @pytest.mark.slow
 def test_run_in_transformers_goes_on_after_the_prompt(tmp_path):
-    prompt = "The old gentleman"
-    out = run_example("run_in_transformers.py", "--prompt", prompt, "--tokens", "8", cwd=tmp_path)
-    assert out.startswith(prompt)
-    assert len(out.removeprefix(prompt).strip()) >= 8  # a token has a character at least
+    out = run_example("run_in_transformers.py", "--prompt", "The old gentleman", "--tokens", "16", cwd=tmp_path)
+    assert out.startswith("The old gentleman")
+    assert len(out.split()) > 5
 
 
 @pytest.mark.slow

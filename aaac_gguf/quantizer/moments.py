@@ -130,14 +130,19 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
 
 
 def gram(a: Tensor) -> Tensor:
-    """Return a^T a for a [n, K]. On a CPU, stripes of its lower triangle are little more than half of the work."""
+    """Return a^T a for a [n, K], on a CPU exactly symmetric.
+
+    There, stripes of its lower triangle are little more than half of the work.
+    """
     if a.is_cuda:
         return a.T @ a
     square = a.new_empty(a.shape[1], a.shape[1])
-    for stripe in torch.arange(a.shape[1]).chunk(8):
+    for stripe in torch.arange(a.shape[1]).split(max(a.shape[1] // 8, 64)):
         first, end = int(stripe[0]), int(stripe[-1]) + 1
         square[first:end, :end] = a[:, first:end].T @ a[:, :end]
-        square[:first, first:end] = square[first:end, :first].T
+        lower = square[first:end, :end].tril(first)
+        square[:end, first:end] = lower.T
+        square[first:end, first:end] = lower[:, first:] + lower[:, first:].tril(-1).T
     return square
 
 

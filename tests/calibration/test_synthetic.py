@@ -84,9 +84,9 @@ def test_a_block_without_attention_by_hand(tensors, synthetic):
     found = synthetic()
     x = drawn_embeddings(tensors)
     attended = rms(x) * weight(tensors, "blk.0.attn_norm.weight")
-    torch.testing.assert_close(found.moments("blk.0.attn_q.weight").inputs, moments_of(attended), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.moments("blk.0.attn_q.weight").inputs, moments_of(attended))
     fed = rms(x) * weight(tensors, "blk.0.ffn_norm.weight")
-    torch.testing.assert_close(found.moments("blk.0.ffn_up.weight").inputs, moments_of(fed), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.moments("blk.0.ffn_up.weight").inputs, moments_of(fed))
     inner = torch.nn.functional.silu(fed @ weight(tensors, "blk.0.ffn_gate.weight").T) * (
         fed @ weight(tensors, "blk.0.ffn_up.weight").T
     )
@@ -140,9 +140,7 @@ def test_channels_have_the_importance_that_is_known(tensors, synthetic, rng):
     imatrix = Imatrix(entries)
     found = synthetic(imatrix)
     for name in names:
-        torch.testing.assert_close(
-            found.moments(name).inputs.diagonal(), torch.from_numpy(entries[name].importance()), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(found.moments(name).inputs.diagonal(), torch.from_numpy(entries[name].importance()))
     # It counts for what comes after as well.
     blind = synthetic()
     a, b = (
@@ -210,9 +208,7 @@ def test_layer_norm_and_biases(tensors, synthetic, rng):
     expected = torch.nn.functional.layer_norm(
         x, (D,), weight(tensors, "blk.0.attn_norm.weight"), torch.from_numpy(bias), 1e-5
     )
-    torch.testing.assert_close(
-        synthetic().moments("blk.0.attn_q.weight").inputs, moments_of(expected), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(synthetic().moments("blk.0.attn_q.weight").inputs, moments_of(expected))
     tensors["blk.0.attn_v.bias"] = np.full(2 * HEAD, 1000, np.float32)
     h = synthetic().moments("blk.0.attn_output.weight").inputs
     assert (h.diagonal() > 0.9e6).all()
@@ -273,7 +269,7 @@ def test_matrices_of_other_widths_are_left_alone(tensors, synthetic, rng):
     for stem in ("attn_q", "attn_output", "ffn_down", "ffn_up"):
         assert found.moments(f"blk.0.{stem}.weight") is None, stem
     x = rms(drawn_embeddings(tensors)) * weight(tensors, "blk.1.attn_norm.weight")
-    torch.testing.assert_close(found.moments("blk.1.attn_q.weight").inputs, moments_of(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.moments("blk.1.attn_q.weight").inputs, moments_of(x))
     assert found.moments("blk.1.attn_output.weight") is None
 
 
