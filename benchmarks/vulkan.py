@@ -6,8 +6,9 @@ Needs glslc, spirv-opt and spirv-dis (on Debian and Ubuntu, `apt install glslc s
 SPIR-V, before the driver's compiler. That one may merge loads and drop address arithmetic, so they compare shaders and
 predict no time.
 
-The shaders are specialised for one column and two rows in a workgroup. What is counted is the body of the innermost
-loop over the row. Each weight there takes part in one OpDot of 4 products, so the body makes 4 weights per OpDot.
+The shaders are specialised for two rows in a workgroup, and for one column or eight. What is counted is the body of
+the innermost loop over the row. Each weight there takes part in one instruction of 4 products per column. A product of
+floats counts as 4 instructions, because GPUs have none for it. q8_1 is the shader whose activations are 8-bit integers.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ from aaac_gguf.llama.build import fetch
 
 UPSTREAM = {"FLOAT_TYPE": "float", "FLOAT_TYPEV2": "vec2", "B_TYPE": "float", "B_TYPEV2": "vec2", "B_TYPEV4": "vec4"}
 
-# name: (source, defines, specialization constants)
+AAAC4 = ("AAAC4_G16", "AAAC4_G32", "AAAC4_G128")
+
+# name: (source, defines, specialization constants, columns)
 SHADERS = {
+    **{t: ("aaac_mul_mat_vec.comp", {f"DATA_A_{t}": "1"}, "0:64 1:1 2:2", 1) for t in AAAC4},
     **{
-        name: ("aaac_mul_mat_vec.comp", {f"DATA_A_{name}": "1"}, "0:64 1:1 2:2")
-        for name in ("AAAC4_G16", "AAAC4_G32", "AAAC4_G128")
+        t: ("mul_mat_vec.comp", {**UPSTREAM, "D_TYPE": "float", f"DATA_A_{t}": "1"}, "0:64 1:2 2:1", 1)
+        for t in ("Q4_0", "IQ4_NL")
     },
     **{
-        name: ("mul_mat_vec.comp", {**UPSTREAM, "D_TYPE": "float", f"DATA_A_{name}": "1"}, "0:64 1:2 2:1")
-        for name in ("Q4_0", "IQ4_NL")
+        f"{t}, {activations}": ("aaac_mul_mat_vec.comp", {f"DATA_A_{t}": "1", **defines}, "0:64 1:8 2:2", 8)
+        for t in AAAC4
+        for activations, defines in (("f32", {}), ("q8_1", {"Q8_1": "1"}))
     },
 }
+
+PRODUCTS = {"OpDot", "OpSDot", "OpSDotKHR"}  # of 4 weights and 4 activations
 
 # Instructions that only describe the flow of control or a place in memory.
 NO_WORK = {"OpLabel", "OpPhi", "OpBranch", "OpBranchConditional", "OpLoopMerge", "OpSelectionMerge", "OpAccessChain"}
@@ -61,7 +68,7 @@ def opcode(line: str) -> str:
 
 
 def loop_body(lines: list[str]) -> list[str]:
-    """Return the loop that has most OpDot of all loops without another in them."""
+    """Return the loop that has most products of all loops without another in them."""
     bodies = []
     for start, line in enumerate(lines):
         if "OpLoopMerge" in line:
@@ -69,10 +76,10 @@ def loop_body(lines: list[str]) -> list[str]:
             body = lines[start + 1 : end]
             if not any("OpLoopMerge" in inner for inner in body):
                 bodies.append(body)
-    return max(bodies, key=lambda body: sum(opcode(line) == "OpDot" for line in body))
+    return max(bodies, key=lambda body: sum(opcode(line) in PRODUCTS for line in body))
 
 
-def count(lines: list[str]) -> Counter[str]:
+def count(lines: list[str], n_columns: int) -> Counter[str]:
     """Return what the loop does in all: weights, bytes of each kind of memory, loads and other instructions."""
     text = "\n".join(lines)
     binding = dict(re.findall(r"OpDecorate (%\w+) Binding (\d)", text))
@@ -83,8 +90,8 @@ def count(lines: list[str]) -> Counter[str]:
         bits[name] = bits[part] * int(n)
     total: Counter[str] = Counter()
     for line in loop_body(lines):
-        if opcode(line) == "OpDot":
-            total["weights"] += 4
+        if opcode(line) in PRODUCTS:
+            total["products"] += 1
         if opcode(line) == "OpLoad":
             kind, pointer = re.findall(r"%\w+", line)[1:3]
             variable = base.get(pointer, pointer)
@@ -96,7 +103,8 @@ def count(lines: list[str]) -> Counter[str]:
             else:
                 total["other"] += 1  # push constants
         elif opcode(line) not in NO_WORK:
-            total["other"] += 1
+            total["other"] += 4 if opcode(line) == "OpDot" else 1
+    total["weights"] = 4 * total["products"] // n_columns
     return total
 
 
@@ -106,12 +114,12 @@ def main() -> None:
         sys.exit(f"{', '.join(missing)} not found; on Debian and Ubuntu, `apt install glslc spirv-tools`")
     folder = fetch() / "ggml/src/ggml-vulkan/vulkan-shaders"
     columns = ("weight bytes", "activation bytes", "loads", "shared loads", "other")
-    print("| type | weights in the loop | " + " | ".join(f"{name} per weight" for name in columns) + " |")
-    print("|---" * (len(columns) + 2) + "|")
-    for name, (source, defines, constants) in SHADERS.items():
-        total = count(assembly(folder / source, defines, constants))
+    print("| shader | columns | weights in the loop | " + " | ".join(f"{name} per weight" for name in columns) + " |")
+    print("|---" * (len(columns) + 3) + "|")
+    for name, (source, defines, constants, n_columns) in SHADERS.items():
+        total = count(assembly(folder / source, defines, constants), n_columns)
         cells = [f"{total[column] / total['weights']:.2f}" for column in columns]
-        print(f"| {name} | {total['weights']} | {' | '.join(cells)} |")
+        print(f"| {name} | {n_columns} | {total['weights']} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

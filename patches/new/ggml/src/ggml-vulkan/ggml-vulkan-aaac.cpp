@@ -58,6 +58,8 @@ void ggml_vk_aaac_load_shaders(vk_device & device, const ggml_vk_aaac_create_pip
     for (uint32_t n = 1; n <= mul_mat_vec_max_cols; ++n) {                                                            \
         CREATE(pipeline_aaac_mul_mat_vec[TYPE][n - 1], NAME##_mul_mat_vec, 3, vk_aaac_mul_mat_vec_push_constants,     \
                {AAAC_THREADS, n, AAAC_ROWS});                                                                         \
+        CREATE(pipeline_aaac_mul_mat_vec_q8_1[TYPE][n - 1], NAME##_mul_mat_vec_q8_1, 3,                               \
+               vk_aaac_mul_mat_vec_push_constants, {AAAC_THREADS, n, AAAC_ROWS});                                     \
     }                                                                                                                 \
     CREATE(pipeline_aaac_mul_mat_vec_id[TYPE], NAME##_mul_mat_vec_id, 4, vk_aaac_mul_mat_vec_push_constants,          \
            {AAAC_THREADS, 1, AAAC_ROWS})
@@ -92,6 +94,24 @@ bool ggml_vk_aaac_supports_op(const vk_device & device, const ggml_tensor * op) 
         default:
             return op->view_offs % (4*ggml_type_size(op->type)) == 0;
     }
+}
+
+// Return whether a product has so many columns that decoding the weights first costs less: it writes and reads 4 bytes a
+// weight, where a pass of ours over 8 columns, or over one column of an expert, reads 0.6. ggml's own limit is 8, too.
+static bool is_wide(const ggml_tensor * product) {
+    if (product->op == GGML_OP_MUL_MAT) {
+        return product->ne[1] > mul_mat_vec_max_cols;
+    }
+    return product->ne[2] > mul_mat_vec_max_cols && product->ne[1]*product->ne[2] > 2*product->src[0]->ne[2];
+}
+
+bool ggml_vk_aaac_computes(const vk_device & device, const ggml_tensor * op) {
+    if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
+        return true;
+    }
+    const ggml_tensor * weight = op->src[0];
+    const size_t fp16_size = ggml_nelements(weight)*sizeof(ggml_fp16_t);
+    return !is_wide(op) || !ggml_vk_dim01_contiguous(weight) || fp16_size > device->properties.limits.maxStorageBufferRange;
 }
 
 static vk_aaac_params params_of(const ggml_tensor * weight) {
@@ -153,6 +173,51 @@ static void decode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggm
     }
 }
 
+vk_pipeline & ggml_vk_aaac_to_fp16_pipeline(vk_device & device, ggml_type type) {
+    return device->pipeline_aaac_decode[type_index(type)][dst_index(GGML_TYPE_F16)];
+}
+
+void ggml_vk_aaac_to_fp16(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * weight, const vk_subbuffer & d) {
+    decode(ctx, subctx, weight, nullptr, GGML_TYPE_F16, d, 0);
+    ggml_vk_sync_buffers(ctx, subctx);
+}
+
+// Return whether a product is of integers: of activations in blocks of 8 bits, as ggml's own products of few columns have
+// them. For one column, which memory limits, the activations stay floats.
+static bool is_integer_product(const ggml_backend_vk_context * ctx, const ggml_tensor * product) {
+    const ggml_tensor * src1 = product->src[1];
+    const vk_device & device = ctx->device;
+    if (product->op != GGML_OP_MUL_MAT || !ggml_is_contiguous(src1) || get_misalign_bytes(ctx, src1) != 0) {
+        return false;
+    }
+    return device->mmvq_mode == 1 || (device->mmvq_mode == 0 && device->integer_dot_product && src1->ne[1] > 1);
+}
+
+// Quantize activations to blocks of 8 bits, unless the product before this one has done it. Returns where they are.
+static vk_subbuffer quantize(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * activations) {
+    const uint32_t n    = (uint32_t) ggml_nelements(activations);
+    const size_t   size = CEIL_DIV(n, 128)*4*ggml_type_size(GGML_TYPE_Q8_1);
+    vk_pipeline pipeline = ggml_vk_get_quantize_pipeline(ctx, GGML_TYPE_Q8_1);
+    if (ctx->prealloc_size_y < size) {
+        ctx->prealloc_size_y = size;
+        ggml_vk_preallocate_buffers(ctx, subctx);
+    }
+    const vk_subbuffer blocks = { ctx->prealloc_y, 0, size };
+    if (ctx->prealloc_y_last_pipeline_used != pipeline.get() || ctx->prealloc_y_last_tensor_used != activations
+            || ctx->prealloc_y_last_k_padded) {
+        if (ctx->prealloc_y_need_sync) {
+            ggml_vk_sync_buffers(ctx, subctx);
+        }
+        ggml_pipeline_request_descriptor_sets(ctx, pipeline, 1);
+        ggml_vk_quantize_q8_1(ctx, subctx, buffer_of(ctx, activations), blocks, n);
+        ctx->prealloc_y_last_pipeline_used = pipeline.get();
+        ctx->prealloc_y_last_tensor_used   = activations;
+        ctx->prealloc_y_last_k_padded      = false;
+    }
+    ctx->prealloc_y_need_sync = true;
+    return blocks;
+}
+
 // Multiply with the blocks as they are, in a pass over them for every 8 columns.
 static void mul_mat_vec(ggml_backend_vk_context * ctx, vk_context & subctx, ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
@@ -182,14 +247,17 @@ static void mul_mat_vec(ggml_backend_vk_context * ctx, vk_context & subctx, ggml
     pc.last[0] = (uint32_t) src1->ne[2];
     pc.last[1] = (uint32_t) (src1->ne[2]/src0->ne[2]);
     pc.last[2] = (uint32_t) (src1->ne[3]/src0->ne[3]);
-    const uint32_t width = std::min(n_cols, mul_mat_vec_max_cols);
-    vk_pipeline & pipeline = ctx->device->pipeline_aaac_mul_mat_vec[type_index(src0->type)][width - 1];
+    const bool     integers = is_integer_product(ctx, dst);
+    const uint32_t width    = std::min(n_cols, mul_mat_vec_max_cols);
+    vk_pipeline & pipeline = integers ? ctx->device->pipeline_aaac_mul_mat_vec_q8_1[type_index(src0->type)][width - 1]
+                                      : ctx->device->pipeline_aaac_mul_mat_vec[type_index(src0->type)][width - 1];
+    const vk_subbuffer b = integers ? quantize(ctx, subctx, src1) : buffer_of(ctx, src1);
     const uint32_t max_rows = ctx->device->properties.limits.maxComputeWorkGroupCount[0]*AAAC_ROWS;
     for (uint32_t row = 0; row < n_rows; row += max_rows) {
         pc.n_rows = std::min(max_rows, n_rows - row);
         ggml_pipeline_request_descriptor_sets(ctx, pipeline, 1);
         ggml_vk_dispatch_pipeline(
-            ctx, subctx, pipeline, { buffer_of(ctx, src0), buffer_of(ctx, src1), buffer_of(ctx, dst) }, pc,
+            ctx, subctx, pipeline, { buffer_of(ctx, src0), b, buffer_of(ctx, dst) }, pc,
             { CEIL_DIV(pc.n_rows, AAAC_ROWS), CEIL_DIV(n_cols, width), (uint32_t) (dst->ne[2]*dst->ne[3]) });
         pc.a_offset += max_rows*pc.a_stride1;
         pc.d_offset += max_rows;

@@ -19,5 +19,15 @@ void ggml_vk_aaac_load_shaders(vk_device & device, const ggml_vk_aaac_create_pip
 // Return whether device can compute op, whose tensors fit its buffers.
 bool ggml_vk_aaac_supports_op(const vk_device & device, const ggml_tensor * op);
 
-// Record op, one that ggml_vk_aaac_supports_op accepts, in subctx.
+// Return whether op, one that ggml_vk_aaac_supports_op accepts, is recorded by ggml_vk_aaac_compute. The products with many
+// columns are ggml's own instead, of weights that ggml_vk_aaac_to_fp16 decodes first.
+bool ggml_vk_aaac_computes(const vk_device & device, const ggml_tensor * op);
+
+// Record op in subctx.
 void ggml_vk_aaac_compute(ggml_backend_vk_context * ctx, vk_context & subctx, ggml_tensor * op);
+
+// Return the pipeline that decodes a type to halves.
+vk_pipeline & ggml_vk_aaac_to_fp16_pipeline(vk_device & device, ggml_type type);
+
+// Record in subctx that all of weight is decoded to halves, contiguous in d, before what follows.
+void ggml_vk_aaac_to_fp16(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * weight, const vk_subbuffer & d);

@@ -25,12 +25,21 @@
 
 layout (binding = 0) readonly buffer A { A_TYPE data_a[]; };
 
-shared float levels[32]; // both codebooks
+// Both codebooks: floats, or the byte of each level for a shader that multiplies integers.
+#if defined(INTEGER_LEVELS)
+shared uint levels[32];
+#define LEVEL      uint
+#define LEVEL_BITS uint
+#else
+shared float levels[32];
+#define LEVEL      float
+#define LEVEL_BITS int
+#endif
 
 void load_levels() {
     const uint i = gl_LocalInvocationIndex;
     if (i < 32) {
-        levels[i] = float(bitfieldExtract(int(p.codebooks[i / 4]), int(8 * (i % 4)), 8));
+        levels[i] = LEVEL(bitfieldExtract(LEVEL_BITS(p.codebooks[i / 4]), int(8 * (i % 4)), 8));
     }
     barrier();
 }
@@ -72,12 +81,20 @@ void group_of(const uint header, const uint w, const uint high, out float scale,
 #endif
 }
 
-// Return the levels of the 4 weights whose indices are the low nibbles of the bytes of indices.
+// Return the levels of the 4 weights whose indices are the low nibbles of the bytes of indices. Integers are in 4 bytes.
+#if defined(INTEGER_LEVELS)
+uint levels_of(const uint indices, const uint book) {
+    const uint places = indices & 0x0F0F0F0Fu | book;
+    return levels[bitfieldExtract(places, 0, 8)]       | levels[bitfieldExtract(places, 8, 8)]  << 8 |
+           levels[bitfieldExtract(places, 16, 8)] << 16 | levels[bitfieldExtract(places, 24, 8)] << 24;
+}
+#else
 vec4 levels_of(const uint indices, const uint book) {
     const uint places = indices & 0x0F0F0F0Fu | book;
     return vec4(levels[bitfieldExtract(places, 0, 8)], levels[bitfieldExtract(places, 8, 8)],
                 levels[bitfieldExtract(places, 16, 8)], levels[bitfieldExtract(places, 24, 8)]);
 }
+#endif
 
 // Return the column of the first weight of word w, counted over a row: 32 weights of a run have their low nibbles first.
 uint column_of(const uint w) {

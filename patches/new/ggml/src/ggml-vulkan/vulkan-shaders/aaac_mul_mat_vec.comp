@@ -2,7 +2,8 @@
 
 // Multiply rows of an AAAC tensor with up to NUM_COLS columns of floats. A workgroup makes NUM_ROWS results of each
 // column; it does not matter how many subgroups it is. With MUL_MAT_ID a workgroup has one column, and ids say which
-// matrix it is multiplied with.
+// matrix it is multiplied with. With Q8_1 the columns are 8-bit blocks of ggml instead, without gaps, and 4 products are one
+// integer instruction.
 
 #extension GL_EXT_control_flow_attributes : require
 
@@ -14,7 +15,7 @@ layout (push_constant) uniform parameter {
     uint  n_rows;
     uint  n_cols;                          // MUL_MAT_ID: of the activations of one token
     uint  a_offset, a_stride1, a_stride2, a_stride3;  // in elements of A_TYPE
-    uint  b_offset, b_stride1, b_stride2, b_stride3;  // in vectors of 4
+    uint  b_offset, b_stride1, b_stride2, b_stride3;  // in vectors of 4 activations
     uint  d_offset, d_stride1, d_stride2, d_stride3;
 #if defined(MUL_MAT_ID)
     uint  ids_offset, ids_stride0, ids_stride1;
@@ -23,6 +24,9 @@ layout (push_constant) uniform parameter {
 #endif
 } p;
 
+#if defined(Q8_1)
+#define INTEGER_LEVELS
+#endif
 #include "aaac.glsl"
 
 layout (local_size_x_id = 0) in;
@@ -30,7 +34,28 @@ layout (constant_id = 0) const uint THREADS = 64;
 layout (constant_id = 1) const uint NUM_COLS = 1;
 layout (constant_id = 2) const uint NUM_ROWS = 2;
 
+#if defined(Q8_1)
+#extension GL_EXT_spirv_intrinsics : require
+spirv_instruction(extensions = ["SPV_KHR_integer_dot_product"], capabilities = [6018, 6019], id = 4450)
+int signed_dot(uint a, uint b, spirv_literal int packed_format);
+
+// block_q8_1_x4: 4 pairs of halves (scale, sum), then 128 activations
+layout (binding = 1) readonly  buffer B { uvec4 data_b[]; };
+
+#define W_TYPE4 uint
+#define SUM     int
+
+// Return where in data_b the activations of vector start, and their scale. A run of 64 weights meets one block.
+uint  place_of(const uint vector)   { return vector / 32 * 9 + 1 + vector % 32 / 4; }
+float scale_of_b(const uint vector) { return unpackHalf2x16(data_b[vector / 32 * 9][vector % 32 / 8]).x; }
+#else
 layout (binding = 1) readonly  buffer B { vec4 data_b[]; };
+
+#define W_TYPE4 vec4
+#define SUM     float
+uint  place_of(const uint vector)   { return vector; }
+float scale_of_b(const uint vector) { return 1.0; }
+#endif
 layout (binding = 2) writeonly buffer D { float data_d[]; };
 #if defined(MUL_MAT_ID)
 layout (binding = 3) readonly  buffer I { int data_ids[]; };
@@ -81,6 +106,10 @@ void main() {
         const uint block  = unit / (BLOCK_WORDS / 4) * BLOCK_SIZE;
         const uint word   = unit % (BLOCK_WORDS / 4) * 4;
         const uint column = (unit / 2 * 64 + unit % 2 * 16) / 4;
+        uint places[NUM_COLS];
+        [[unroll]] for (uint c = 0; c < NUM_COLS; ++c) {
+            places[c] = place_of(cols[c] + column);
+        }
         uint headers[NUM_ROWS];
         uint indices[NUM_ROWS][4];
         [[unroll]] for (uint r = 0; r < NUM_ROWS; ++r) {
@@ -92,28 +121,41 @@ void main() {
         [[unroll]] for (uint high = 0; high < 2; ++high) {
             float scales[NUM_ROWS];
             uint books[NUM_ROWS];
-            float products[NUM_ROWS][NUM_COLS];
+            SUM products[NUM_ROWS][NUM_COLS];
             [[unroll]] for (uint r = 0; r < NUM_ROWS; ++r) {
                 group_of(headers[r], word, high, scales[r], books[r]);
                 [[unroll]] for (uint c = 0; c < NUM_COLS; ++c) {
-                    products[r][c] = 0.0;
+                    products[r][c] = SUM(0);
                 }
             }
+#if defined(Q8_1)
+            uvec4 x[NUM_COLS];
+            [[unroll]] for (uint c = 0; c < NUM_COLS; ++c) {
+                x[c] = data_b[places[c] + 2 * high];
+            }
+#endif
             [[unroll]] for (uint i = 0; i < 4; ++i) {
+#if !defined(Q8_1)
                 vec4 x[NUM_COLS];
                 [[unroll]] for (uint c = 0; c < NUM_COLS; ++c) {
-                    x[c] = data_b[cols[c] + column + 8 * high + i];
+                    x[c] = data_b[places[c] + 8 * high + i];
                 }
+#endif
                 [[unroll]] for (uint r = 0; r < NUM_ROWS; ++r) {
-                    const vec4 w = levels_of(indices[r][i] >> 4 * high, books[r]);
+                    const W_TYPE4 w = levels_of(indices[r][i] >> 4 * high, books[r]);
                     [[unroll]] for (uint c = 0; c < NUM_COLS; ++c) {
+#if defined(Q8_1)
+                        products[r][c] += signed_dot(w, x[c][i], 0);
+#else
                         products[r][c] += dot(w, x[c]);
+#endif
                     }
                 }
             }
-            [[unroll]] for (uint r = 0; r < NUM_ROWS; ++r) {
-                [[unroll]] for (uint c = 0; c < NUM_COLS; ++c) {
-                    sums[r][c] += scales[r] * products[r][c];
+            [[unroll]] for (uint c = 0; c < NUM_COLS; ++c) {
+                const float scale_b = scale_of_b(cols[c] + column + 8 * high);
+                [[unroll]] for (uint r = 0; r < NUM_ROWS; ++r) {
+                    sums[r][c] += scales[r] * (scale_b * float(products[r][c]));
                 }
             }
         }
