@@ -123,7 +123,7 @@ def _add_convert(verbs: Any) -> None:
          help="type of the tensors whose name matches; may repeat, the last match wins")  # fmt: skip
     flag("--bpw", type=_bits, metavar="BITS", help="mixed precision: the types from Q2_K to Q8_0 that, measured "
          "matrix by matrix, keep the file within so many bits per weight")  # fmt: skip
-    flag("--size", type=_size, metavar="SIZE", help="the same by bytes of the output: 900M, 4.2GiB")
+    flag("--size", type=_size, metavar="SIZE", help="the same by bytes of the output: 900M, 4.2GiB, 900000000")
     flag("--stock", action="store_true", help="for --bpw and --size: only types that every llama.cpp runs")
     flag("--calib", metavar="TEXT", help="calibrate on a text file (.jsonl: a 'text' or 'messages' a line), "
          "on the program's own mixed text (bundled), on tokens sampled from the model (self), or not at all "
@@ -414,11 +414,11 @@ def _split_size(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    for suffix, unit in {"MiB": 2**20, "GiB": 2**30, "M": 10**6, "G": 10**9}.items():
-        with suppress(ValueError):
+    for suffix, unit in {"MiB": 2**20, "GiB": 2**30, "M": 10**6, "G": 10**9, "": 1}.items():
+        with suppress(ValueError, OverflowError):
             if text.endswith(suffix) and (size := int(float(text.removesuffix(suffix)) * unit)) > 0:
                 return size
-    raise argparse.ArgumentTypeError(f"{text}: give a number of M, G, MiB or GiB, for example 4.2GiB")
+    raise argparse.ArgumentTypeError(f"{text}: give a number of bytes, M, G, MiB or GiB, for example 4.2GiB")
 
 
 def _bits(text: str) -> float:

@@ -43,14 +43,14 @@ def _demo_converted_once(tmp_path_factory):
     """Keep what llama.cpp's converter makes of the bundled model: it takes seconds to start."""
     kept, convert_hf = tmp_path_factory.mktemp("demo"), tools.convert_hf
 
-    def convert_once(source, out, outtype, header_only=False, name=None):
+    def convert_once(source, out, outtype, header_only=False, name=None, n_bytes=None):
         file = kept / f"{name}-{outtype}-{header_only}.gguf"
         if source.resolve() != resources.MODEL or name is None:
-            convert_hf(source, out, outtype, header_only, name)
+            convert_hf(source, out, outtype, header_only, name, n_bytes)
         elif file.exists():
             shutil.copy(file, out)
         else:
-            convert_hf(source, out, outtype, header_only, name)
+            convert_hf(source, out, outtype, header_only, name, n_bytes)
             shutil.copy(out, file)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -353,7 +353,7 @@ def _converter() -> subprocess.Popen[str]:
     return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
-def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False, name: str | None = None) -> None:
+def convert_hf(source: Path, out: Path, outtype: str, *_: Any) -> None:
     """Do what `llama.tools.convert_hf` does, for any tokenizer, without a name, once for each source."""
     kept = source.with_name(f"{source.name}-{outtype}.gguf")
     if not kept.exists():

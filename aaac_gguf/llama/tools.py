@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import AaacError
 from ..files.scratch import disk_full
+from ..progress import progress
 from .build import TOOLS, build_dir, fetch, is_built, last_error
 
 
@@ -51,12 +54,20 @@ def _failed(name: str, status: int, output: str, log: Path) -> AaacError:
     return AaacError(f"{name} failed with status {status}: {last_error(output)} (see {log})")
 
 
-def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False, name: str | None = None) -> None:
+def convert_hf(
+    source: Path,
+    out: Path,
+    outtype: str,
+    header_only: bool = False,
+    name: str | None = None,
+    n_bytes: int | None = None,
+) -> None:
     """Run the pinned convert_hf_to_gguf.py.
 
     header_only: write everything but the tensor data, which is a hole in the file. This takes seconds.
-    name: of the model, which the converter takes from the folder's; by default the folder's. Raises AaacError with the
-    converter's own words if it refuses the model or the tokenizer.
+    name: of the model, which the converter takes from the folder's; by default the folder's.
+    n_bytes: of the tensors, for the progress.
+    Raises AaacError with the converter's own words if it refuses the model or the tokenizer.
     """
     tree = fetch()
     wrapper = [Path(__file__).parent / "_hf_header.py"] if header_only else []
@@ -67,12 +78,26 @@ def convert_hf(source: Path, out: Path, outtype: str, header_only: bool = False,
         folder.symlink_to(source.resolve())
     command = [*program, folder, "--outfile", out, "--outtype", outtype]
     env = os.environ | {"PYTHONPATH": str(tree), "PYTHONUTF8": "1"}  # it reads and prints texts as the locale has them
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env)
-    if result.returncode or not out.is_file():
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "env": env}
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options) as process,
+        progress(desc="llama.cpp's converter", total=n_bytes, unit="byte", unit_scale=True) as bar,
+    ):
+        try:
+            errors = ""
+            while process.returncode is None:
+                with suppress(subprocess.TimeoutExpired):
+                    _, errors = process.communicate(timeout=1)
+                bar.n = out.stat().st_size if out.is_file() else 0
+                bar.refresh()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or not out.is_file():
         out.unlink(missing_ok=True)
-        if re.search(r"No space left on device|Disk quota exceeded", result.stderr):
+        if re.search(r"No space left on device|Disk quota exceeded", errors):
             raise disk_full(out.parent)
-        reason = f"{last_error(result.stderr)}{_last_frame(result.stderr)}"
+        reason = f"{last_error(errors)}{_last_frame(errors)}"
         raise AaacError(f"{source}: llama.cpp's converter refuses this model: {reason}")
 
 

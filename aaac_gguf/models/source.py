@@ -120,12 +120,13 @@ def full_precision(source: Path, scratch: Path, header_only: bool = False) -> It
     if method in _PRODUCTS:
         outtype = "f32"
     scratch.mkdir(exist_ok=True)
+    n_bytes = sum(tensor.n_bytes for tensor in tensors.values())
     if not header_only:
-        check_room(scratch, sum(tensor.n_bytes for tensor in tensors.values()))
+        check_room(scratch, n_bytes)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".aaac-source-") as folder:
         out = Path(folder) / "source.gguf"
         try:
-            tools.convert_hf(source, out, outtype, header_only, model_name(source))
+            tools.convert_hf(source, out, outtype, header_only, model_name(source), n_bytes)
         except AaacError as e:
             if not method or "refuses this model" not in str(e):
                 raise

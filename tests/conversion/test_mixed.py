@@ -183,7 +183,7 @@ def test_every_matrix_gets_a_type_but_those_that_have_one(source, asked):
 def test_convert_keeps_the_budget(llama_source, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     size = 2_710_000
-    assert convert(resources.MODEL, out, "--size", f"{size / 1e6}M", *ONE_BLOCK) == 0
+    assert convert(resources.MODEL, out, "--size", str(size), *ONE_BLOCK) == 0
     file = read(out)
     assert 0.98 * size < out.stat().st_size <= size
     types = {name: t.tensor_type for name, t in file.tensors.items()}
@@ -204,7 +204,8 @@ def test_convert_keeps_the_budget(llama_source, tmp_path, capsys):
         (["--bpw", "5", "--size", "1G"], "--bpw and --size: give one of them"),
         (["--stock"], "--stock: is for --bpw and --size"),
         (["--bpw", "5", "--type", "Q4_K_M"], "--type Q4_K_M: --bpw and --size choose the types"),
-        (["--size", "5K"], "give a number of M, G, MiB or GiB"),
+        (["--size", "5K"], "give a number of bytes, M, G, MiB or GiB"),
+        (["--size", "inf"], "give a number of bytes, M, G, MiB or GiB"),
         (["--bpw", "99"], "is not a number of bits per weight"),
     ],
 )

@@ -1,7 +1,5 @@
 """Running llama.cpp's converter: what its errors say."""
 
-import subprocess
-
 import pytest
 
 from aaac_gguf import resources
@@ -19,14 +17,18 @@ Traceback (most recent call last):
 """
 
 
-def converter_fails(monkeypatch, stderr):
-    monkeypatch.setattr(tools, "fetch", lambda: resources.MODEL)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", stderr))
+def replace_converter(monkeypatch, folder, program):
+    (folder / "convert_hf_to_gguf.py").write_text(program)
+    monkeypatch.setattr(tools, "fetch", lambda: folder)
+
+
+def converter_fails(monkeypatch, folder, stderr):
+    replace_converter(monkeypatch, folder, f"import sys; sys.exit({stderr!r})")
 
 
 @pytest.mark.parametrize("last", ["AssertionError", "KeyError: 'num_heads'"])
 def test_the_converters_last_frame_is_named(monkeypatch, tmp_path, last):
-    converter_fails(monkeypatch, TRACEBACK + last + "\n")
+    converter_fails(monkeypatch, tmp_path, TRACEBACK + last + "\n")
     with pytest.raises(AaacError) as e:
         tools.convert_hf(resources.MODEL, tmp_path / "out.gguf", "auto")
     frame = "(qwen.py, line 12, in set_vocab: assert max(tokenizer.vocab.values()) < vocab_size)"
@@ -34,15 +36,22 @@ def test_the_converters_last_frame_is_named(monkeypatch, tmp_path, last):
 
 
 def test_an_error_without_a_traceback(monkeypatch, tmp_path):
-    converter_fails(monkeypatch, "ERROR:hf-to-gguf:Model Foo is not supported\n")
+    converter_fails(monkeypatch, tmp_path, "ERROR:hf-to-gguf:Model Foo is not supported\n")
     with pytest.raises(AaacError, match=r"refuses this model: Model Foo is not supported$"):
         tools.convert_hf(resources.MODEL, tmp_path / "out.gguf", "auto")
 
 
 def test_a_disk_that_the_converter_filled(monkeypatch, tmp_path):
-    converter_fails(monkeypatch, TRACEBACK + "OSError: [Errno 28] No space left on device\n")
+    converter_fails(monkeypatch, tmp_path, TRACEBACK + "OSError: [Errno 28] No space left on device\n")
     with pytest.raises(AaacError, match=rf"^{tmp_path}: the disk is full"):
         tools.convert_hf(resources.MODEL, tmp_path / "out.gguf", "auto")
+
+
+def test_progress_is_what_the_converter_has_written(monkeypatch, tmp_path, capsys):
+    replace_converter(monkeypatch, tmp_path, "import sys; open(sys.argv[3], 'wb').write(bytes(3000))")
+    monkeypatch.setattr("aaac_gguf.progress.SECONDS_PER_LINE", 0)
+    tools.convert_hf(resources.MODEL, tmp_path / "out.gguf", "auto", n_bytes=12000)
+    assert "llama.cpp's converter: 3.00k of 12.0k bytes" in capsys.readouterr().err
 
 
 def test_the_models_name_can_be_another_than_the_folders(llama_source, tmp_path):
