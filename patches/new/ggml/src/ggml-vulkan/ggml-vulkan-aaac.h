@@ -1,7 +1,8 @@
 #pragma once
 
 // The Vulkan backend's operations on AAAC weights: those that ggml_aaac_supports_op names.
-// The codebooks come from the weight tensor and reach our shaders as push constants, so ggml's own shaders cannot be used.
+// The codebooks come from the weight tensor and reach our shaders as push constants. ggml's own shaders multiply only weights
+// that ours have decoded.
 
 #include "ggml-aaac.h"
 #include "ggml-vulkan-types.h"
