@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..errors import AaacError
 from ..files.scratch import disk_full
@@ -78,9 +77,10 @@ def convert_hf(
         folder.symlink_to(source.resolve())
     command = [*program, folder, "--outfile", out, "--outtype", outtype]
     env = os.environ | {"PYTHONPATH": str(tree), "PYTHONUTF8": "1"}  # it reads and prints texts as the locale has them
-    options: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "env": env}
     with (
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=env
+        ) as process,
         progress(desc="llama.cpp's converter", total=n_bytes, unit="byte", unit_scale=True) as bar,
     ):
         try:
