@@ -88,7 +88,8 @@ def convert_hf(
             while process.returncode is None:
                 with suppress(subprocess.TimeoutExpired):
                     _, errors = process.communicate(timeout=1)
-                bar.n = out.stat().st_size if out.is_file() else 0
+                written = out.stat().st_size if out.is_file() else 0
+                bar.n = min(written, n_bytes or written)  # the metadata counts in the file only
                 bar.refresh()
         except BaseException:
             process.kill()

@@ -47,11 +47,12 @@ def test_a_disk_that_the_converter_filled(monkeypatch, tmp_path):
         tools.convert_hf(resources.MODEL, tmp_path / "out.gguf", "auto")
 
 
-def test_progress_is_what_the_converter_has_written(monkeypatch, tmp_path, capsys):
-    replace_converter(monkeypatch, tmp_path, "import sys; open(sys.argv[3], 'wb').write(bytes(3000))")
+@pytest.mark.parametrize(("n_bytes", "shown"), [(3000, "3.00k"), (12500, "12.0k")])
+def test_progress_is_what_the_converter_has_written(monkeypatch, tmp_path, capsys, n_bytes, shown):
+    replace_converter(monkeypatch, tmp_path, f"import sys; open(sys.argv[3], 'wb').write(bytes({n_bytes}))")
     monkeypatch.setattr("aaac_gguf.progress.SECONDS_PER_LINE", 0)
     tools.convert_hf(resources.MODEL, tmp_path / "out.gguf", "auto", n_bytes=12000)
-    assert "llama.cpp's converter: 3.00k of 12.0k bytes" in capsys.readouterr().err
+    assert f"llama.cpp's converter: {shown} of 12.0k bytes" in capsys.readouterr().err
 
 
 def test_the_models_name_can_be_another_than_the_folders(llama_source, tmp_path):
