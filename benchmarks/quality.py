@@ -29,7 +29,7 @@ from torch import Tensor
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.calibration.sequential import BlockMoments
-from aaac_gguf.calibration.synthetic import SyntheticMoments
+from aaac_gguf.calibration.synthetic import SyntheticMoments, estimation_tokens
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Entry, Imatrix
@@ -433,7 +433,7 @@ def main() -> None:
         imatrix = Imatrix(
             {name: Entry(layer.importance[None].numpy(), np.ones(1, np.float32)) for name, layer in layers.items()}
         )
-        synthetic = SyntheticMoments(file, imatrix, seed=args.seed)
+        synthetic = SyntheticMoments(file, estimation_tokens(args.model, file), imatrix)
         for name, layer in layers.items():
             moments = synthetic.moments(name)
             layer.synthetic = moments.inputs if moments else None

@@ -1,35 +1,63 @@
-"""Estimate second moments where no model runs, from the weights and an importance matrix.
+"""Estimate second moments where transformers runs no model, from the weights, a text and an importance matrix.
 
-An importance matrix holds the mean of x_k^2 of every input channel k: the diagonal of `H = E[x x^T]`. The weights tell
-how channels go together, because the residual stream is the sum of embeddings and of all that the blocks before have
-added to it. So random tokens go through the blocks, whose parts are known by the names of their tensors. Nobody knows
-which tokens attend to which, so each head attends at random. Before each matrix every channel is scaled to the mean
-square that the importance matrix gives.
+The tokens of the bundled text become embeddings and go through the decoder blocks, whose parts are known by the names
+of their tensors. This is the model's own forward pass as far as those names tell it: what an architecture does besides
+is left out. That costs accuracy, and no more: moments decide what is rounded how, not what a file means.
+
+An importance matrix holds the mean of x_k^2 of every input channel k: the diagonal of `H = E[x x^T]`. If there is one,
+every channel is scaled to it before each matrix, so that errors do not grow from block to block.
 
 Parts of a block other than attention and a dense feed-forward network add nothing here, and have no moments.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from ..errors import AaacError, warn
 from ..files.gguf import GgufFile, block_number
 from ..files.imatrix import Imatrix
 from ..models.blocks import fast_products
 from ..models.weights import load_weight
 from ..quantizer.moments import Moments, gram
+from ..resources import CALIBRATION_TEXT
+from .tokens import text_tokens
 
-# Random tokens that go through the blocks.
-N_TOKENS = 8192
+# So many sequences of so many tokens go through the blocks.
+N_SEQUENCES, LENGTH = 16, 512
 # How far correlations between channels shrink towards zero, however many tokens show them.
 SHRINKAGE = 0.05
-# Every head attends to this many tokens, by the softmax of normal scores of this standard deviation.
-ATTENDED, SCORE_DEVIATION = 8, 4.0
 
 _NORM_EPSILON = 1e-5
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # the matrices that multiply the normalised residual stream
 _FEED_FORWARD = ("ffn_gate", "ffn_up")
+
+# Architectures whose rotary positions turn neighbouring channels. In others a head's first half goes with its second.
+_NEIGHBOURS_TURN = """
+    arcee arctic baichuan bailingmoe chameleon chatglm cohere2 command-r deci deepseek deepseek2 ernie4_5 ernie4_5-moe
+    glm4 granite granitehybrid granitemoe internlm2 llama llama-embed llama4 minicpm mistral3 mistral4 neo-bert olmo plm
+    smollm3 starcoder xverse
+""".split()  # noqa: SIM905
+
+
+def estimation_tokens(source: Path, file: GgufFile, seed: int = 0) -> Tensor:
+    """Return int64 [N_SEQUENCES, LENGTH] of the bundled text, or shorter sequences if the model has fewer positions.
+
+    source: the model, for its tokenizer. If transformers cannot load that, tokens are drawn at random, with a warning.
+    """
+    length, n_vocab = file.positions(LENGTH), file.shapes["token_embd.weight"][0]
+    try:
+        tokens, _ = text_tokens(source, CALIBRATION_TEXT, N_SEQUENCES * LENGTH // length, length)
+        if int(tokens.max()) < n_vocab:
+            return tokens
+        reason = f"{source}: its tokenizer makes tokens that have no embeddings"
+    except AaacError as e:
+        reason = str(e)
+    warn(f"{reason}; moments are estimated from random tokens, which is less exact")
+    return torch.randint(n_vocab, (N_SEQUENCES, length), generator=torch.Generator().manual_seed(seed))
 
 
 class SyntheticMoments:
@@ -38,22 +66,32 @@ class SyntheticMoments:
     They must be asked for in the order of the blocks, since only one block's inputs are in memory.
 
     position  the next block to run; the number of blocks stands for the head
-    inputs    float32 [N_TOKENS, K] by tensor, of the block before `position`
-    residual  float32 [N_TOKENS, d]: the residual stream after it
+    inputs    float32 [n * T, K] by tensor, of the block before `position`
+    residual  float32 [n * T, d]: the residual stream after it
     """
 
-    def __init__(self, file: GgufFile, imatrix: Imatrix, device: str = "cpu", seed: int = 0):
-        """Draw tokens. file: the full-precision model; imatrix: may lack tensors, whose inputs are then not scaled."""
+    def __init__(self, file: GgufFile, tokens: Tensor, imatrix: Imatrix, device: str = "cpu"):
+        """file: the full-precision model; tokens: int64 [n, T].
+
+        imatrix: may lack tensors, whose inputs are then not scaled.
+        """
         self.file, self.shapes, self.imatrix, self.device = file, file.shapes, imatrix, device
         self.n_blocks = 1 + max(block_number(name, -1) for name in self.shapes)
         self.position = 0
         self.inputs: dict[str, Tensor] = {}
-        n_vocab, width = self.shapes["token_embd.weight"]
-        self.generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(n_vocab, (N_TOKENS,), generator=self.generator)
+        self.n_sequences, self.length = tokens.shape
+        width = self.shapes["token_embd.weight"][1]
         # Gemma's factor is not in the metadata.
-        factor = width**0.5 if file.architecture.startswith("gemma") else self._setting("embedding_scale", 1.0)
-        self.residual = load_weight(file, "token_embd.weight", device, drawn) * factor
+        factor = width**0.5 if self._is_gemma else self._setting("embedding_scale", 1.0)
+        self.residual = load_weight(file, "token_embd.weight", device, tokens.flatten()) * factor
+        self.has_positions = "position_embd.weight" in self.shapes
+        if self.has_positions:
+            positions = torch.arange(self.length).repeat(self.n_sequences)
+            self.residual += load_weight(file, "position_embd.weight", device, positions)
+
+    @property
+    def _is_gemma(self) -> bool:
+        return self.file.architecture.startswith("gemma")
 
     def moments(self, name: str) -> Moments | None:
         """Return the moments of a tensor's inputs; None if nothing is known of them, or if they overflow.
@@ -85,66 +123,104 @@ class SyntheticMoments:
     def _run_block(self, block: str) -> None:
         """Send the residual stream through a block, and keep the inputs of the block's matrices."""
         scale = self._setting("residual_scale", 1.0)
-        # In some architectures `post_attention_norm` is what others call `ffn_norm`. Without either, attention and
-        # feed-forward network have the same inputs.
+        # Norms are of what goes into a half, of what comes out, or both. In some architectures `post_attention_norm` is
+        # what others call `ffn_norm`. Without either, attention and feed-forward network have the same inputs.
         has_ffn_norm, has_post_norm = self._has(block + "ffn_norm"), self._has(block + "post_attention_norm")
+        only_of_outputs = self._has(block + "post_ffw_norm") and not self._has(block + "attn_norm")
         before = self.residual
-        x = self._input([block + stem for stem in _ATTENTION], self._normalised(before, block + "attn_norm"))
+        x = before if only_of_outputs else self._normalised(before, block + "attn_norm")
+        x = self._input([block + stem for stem in _ATTENTION], x)
         heads = self._heads(block, x)
         if heads is not None:
             out = self._product(self._input([block + "attn_output"], heads), block + "attn_output")
-            if has_ffn_norm and has_post_norm:
+            if has_post_norm and (has_ffn_norm or only_of_outputs):
                 out = self._normalised(out, block + "post_attention_norm")
             self.residual = self.residual + scale * out
         if not self._has(block + "ffn_up", before.shape[1]) or not self._writes(block + "ffn_down"):
             return
         norm = "ffn_norm" if has_ffn_norm else "post_attention_norm" if has_post_norm else "attn_norm"
-        source = self.residual if has_ffn_norm or has_post_norm else before
-        x = self._input([block + stem for stem in _FEED_FORWARD], self._normalised(source, block + norm))
+        x = self.residual if has_ffn_norm or has_post_norm else before
+        if not only_of_outputs:
+            x = self._normalised(x, block + norm)
+        x = self._input([block + stem for stem in _FEED_FORWARD], x)
         out = self._product(self._input([block + "ffn_down"], self._activated(block, x)), block + "ffn_down")
         if self._has(block + "post_ffw_norm"):
             out = self._normalised(out, block + "post_ffw_norm")
         self.residual = self.residual + scale * out
 
     def _heads(self, block: str, x: Tensor) -> Tensor | None:
-        """Return the inputs of `attn_output` for the inputs x of attention; None if they are not known.
-
-        Every head mixes the values of several tokens, other heads those of other tokens.
-        """
+        """Return the inputs of `attn_output` for the inputs x of attention; None if they are not known."""
         if not self._writes(block + "attn_output"):
             return None
         width = self.shapes[block + "attn_output.weight"][1]
-        if self._has(block + "attn_v", x.shape[1]):
-            values = self._product(x, block + "attn_v")
+        if all(self._has(block + stem, x.shape[1]) for stem in ("attn_q", "attn_k", "attn_v")):
+            q, k, v = (self._product(x, block + stem) for stem in ("attn_q", "attn_k", "attn_v"))
         elif self._has(block + "attn_qkv", x.shape[1]):
-            values = self._product(x, block + "attn_qkv")
+            fused = self._product(x, block + "attn_qkv")
             # Queries, as wide as the heads, come first, then keys, then as many values.
-            values = values[:, (values.shape[1] + width) // 2 :]
+            q, rest = fused[:, :width], fused[:, width:]
+            k, v = rest.tensor_split(2, 1)
         else:
             return None
         n_groups = int(self._setting("attention.head_count_kv", self._setting("attention.head_count", 1)))
-        if not n_groups or values.shape[1] % n_groups or width % values.shape[1]:
+        if not n_groups or k.shape[1] % n_groups or v.shape[1] % n_groups or q.shape[1] % (k.shape[1] // n_groups):
             return None
-        grouped = values.view(N_TOKENS, n_groups, 1, -1)
-        n_heads = width // values.shape[1]  # in each group
-        scores = SCORE_DEVIATION * torch.randn(N_TOKENS, n_groups, n_heads, ATTENDED, generator=self.generator)
-        attention = scores.softmax(-1).to(x.device)
-        out = torch.zeros(N_TOKENS, n_groups, n_heads, grouped.shape[-1], device=x.device)
-        for i, weight in enumerate(attention.unbind(-1)):
-            # Tokens are drawn at random, so the one i places before each is a random one.
-            seen = torch.cat([grouped.roll(ATTENDED * head + i, 0) for head in range(n_heads)], 2)
-            out += weight[..., None] * seen
-        return out.view(N_TOKENS, width)
+        n_heads = q.shape[1] // (k.shape[1] // n_groups)
+        if n_heads % n_groups or n_heads * (v.shape[1] // n_groups) != width:
+            return None
+        q, k = (
+            self._normalised_heads(q, n_heads, block + "attn_q_norm"),
+            self._normalised_heads(k, n_groups, block + "attn_k_norm"),
+        )
+        v = v.view(self.n_sequences, self.length, n_groups, -1).transpose(1, 2)
+        if not self.has_positions:
+            q, k = self._rotated(q), self._rotated(k)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=bool(self._setting("attention.causal", True)),
+            scale=self._setting("attention.scale", 0) or None,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2).reshape(len(x), width)
+
+    def _normalised_heads(self, x: Tensor, n_heads: int, norm: str) -> Tensor:
+        """Return queries or keys [n * T, heads * d] as [n, heads, T, d], normalised if the file has their norm."""
+        shape = self.shapes.get(f"{norm}.weight")
+        if shape == (x.shape[1],):
+            x = self._normalised(x, norm)
+        heads = x.view(self.n_sequences, self.length, n_heads, -1).transpose(1, 2)
+        return self._normalised(heads, norm) if shape == (heads.shape[-1],) else heads
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """Apply rotary positions to queries or keys [n, heads, T, d].
+
+        Return their channels in another order, the same for both: their products are what counts.
+        """
+        n = min(int(self._setting("rope.dimension_count", x.shape[-1])), x.shape[-1]) // 2 * 2
+        frequencies = self._setting("rope.freq_base", 10000.0) ** -(torch.arange(0, n, 2, device=x.device) / n)
+        factors = self._vector("rope_freqs.weight")
+        if factors is not None and factors.shape == frequencies.shape:
+            frequencies = frequencies / factors
+        angles = torch.arange(self.length, device=x.device)[:, None] * frequencies
+        turned, rest = x[..., :n], x[..., n:]
+        neighbours = self.file.architecture in _NEIGHBOURS_TURN
+        a, b = (turned[..., ::2], turned[..., 1::2]) if neighbours else turned.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
     def _activated(self, block: str, x: Tensor) -> Tensor:
         """Return the inputs of `ffn_down` for the inputs x of the feed-forward network."""
         up = self._product(x, block + "ffn_up")
+        gelu, silu = torch.nn.functional.gelu, torch.nn.functional.silu
+        gated = gelu if self._is_gemma else silu
         if self._has(block + "ffn_gate"):
-            return torch.nn.functional.silu(self._product(x, block + "ffn_gate")) * up
+            return gated(self._product(x, block + "ffn_gate")) * up
         if up.shape[1] == 2 * self.shapes[block + "ffn_down.weight"][1]:  # gate and up are one matrix
             gate, up = up.chunk(2, 1)
-            return torch.nn.functional.silu(gate) * up
-        return torch.nn.functional.gelu(up)
+            return gated(gate) * up
+        return gelu(up)
 
     def _input(self, stems: list[str], x: Tensor) -> Tensor:
         """Scale x [n, K] to the importance of the matrices `stems`, and keep it as their inputs. Return it.
@@ -160,11 +236,11 @@ class SyntheticMoments:
         return x
 
     def _normalised(self, x: Tensor, stem: str) -> Tensor:
-        """Apply LayerNorm if the norm has a bias, else RMSNorm."""
+        """Apply LayerNorm to the last dimension if the norm has a bias, else RMSNorm."""
         bias = self._vector(f"{stem}.bias")
         if bias is not None:
-            x = x - x.mean(1, keepdim=True)
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + _NORM_EPSILON)
+            x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _NORM_EPSILON)
         weight = self._vector(f"{stem}.weight")
         if weight is not None:
             x = x * weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calibration.activations import Activations, Squares, importance
 from ..calibration.sequential import BlockMoments
-from ..calibration.synthetic import SyntheticMoments
+from ..calibration.synthetic import SyntheticMoments, estimation_tokens
 from ..calibration.tokens import self_tokens, with_random
 from ..files.gguf import GgufFile
 from ..files.imatrix import Imatrix
@@ -31,7 +31,7 @@ class Calibration:
 
     imatrix    their importance, as far as it is known
     measured   second moments of a model that runs, quantized decoder block by decoder block
-    synthetic  makes second moments from the weights and the importance, for what is not measured
+    synthetic  estimates second moments of what is not measured
     """
 
     imatrix: Imatrix
@@ -72,8 +72,8 @@ def calibrate(job: Job, file: GgufFile, folder: Path, measurements: Path | None 
         check_coverage(job, imatrix)
         if job.moments == "none" or "token_embd.weight" not in file.tensors:
             return Calibration(imatrix)
-        synthetic = partial(SyntheticMoments, file, imatrix, settings.device, settings.seed)
-        return Calibration(imatrix, synthetic=synthetic)
+        tokens = cache(lambda: estimation_tokens(job.source, file, settings.seed))
+        return Calibration(imatrix, synthetic=lambda: SyntheticMoments(file, tokens(), imatrix, settings.device))
 
     if given.kind in ("none", "imatrix"):
         return done(given.imatrix or Imatrix({}))

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import torch
 from conftest import write_source
 from gguf import GGMLQuantizationType as T
 
@@ -32,10 +33,11 @@ def test_moments_are_synthetic_where_none_are_measured(rng, tmp_path):
     job = prepare(tmp_path / "model.gguf", file, Settings())
     plan = next(p for p in job.plans if p.name == name)
     assert plan.rounding == Rounding.FEEDBACK
-    calibration = Calibration(Imatrix({}), synthetic=lambda: SyntheticMoments(file, Imatrix({})))
+    tokens = torch.randint(100, (4, 64))
+    calibration = Calibration(Imatrix({}), synthetic=lambda: SyntheticMoments(file, tokens, Imatrix({})))
     data, record = encode(plan, job, file, calibration)
     assert record.rounding == Rounding.SYNTHETIC
-    hessian = SyntheticMoments(file, Imatrix({})).moments(name).inputs
+    hessian = SyntheticMoments(file, tokens, Imatrix({})).moments(name).inputs
     expected = quantize(load_weight(file, name, "cpu"), T["AAAC4_G16"], None, hessian)
     np.testing.assert_array_equal(data, expected.data)
     assert record.damping > 0
