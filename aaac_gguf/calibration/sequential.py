@@ -200,6 +200,7 @@ class BlockMoments:
     def _of_tensor(self, name: str, record: BlockRecord, layer: tuple[Moments, float]) -> Moments:
         """Add to a layer's moments those of a tensor's outputs, in the order of the tensor's rows."""
         moments, n_tokens = layer
+        assert isinstance(moments.inputs, Tensor)
         if not moments.inputs.isfinite().all():
             raise AaacError(
                 f"`calibration`: the squares of the inputs of {name} overflow; "

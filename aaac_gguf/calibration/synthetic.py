@@ -7,11 +7,13 @@ is left out. That costs accuracy, and no more: moments decide what is rounded ho
 An importance matrix holds the mean of x_k^2 of every input channel k: the diagonal of `H = E[x x^T]`. If there is one,
 every channel is scaled to it before each matrix, so that errors do not grow from block to block.
 
-Parts of a block other than attention and a dense feed-forward network add nothing here, and have no moments.
+Parts of a block other than attention, experts and a dense feed-forward network add nothing here, and have no moments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,9 +33,10 @@ N_SEQUENCES, LENGTH = 16, 512
 # How far correlations between channels shrink towards zero, however many tokens show them.
 SHRINKAGE = 0.05
 
-_NORM_EPSILON = 1e-5
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # the matrices that multiply the normalised residual stream
 _FEED_FORWARD = ("ffn_gate", "ffn_up")
+# Architectures whose chosen experts' weights do not sum to 1. Others say so in the metadata, or have weights that do.
+_UNEVEN_EXPERTS = ("deepseek", "llada-moe", "olmoe", "qwen2moe")
 
 # Architectures whose rotary positions turn neighbouring channels. In others a head's first half goes with its second.
 _NEIGHBOURS_TURN = """
@@ -60,13 +63,70 @@ def estimation_tokens(source: Path, file: GgufFile, seed: int = 0) -> Tensor:
     return torch.randint(n_vocab, (N_SEQUENCES, length), generator=torch.Generator().manual_seed(seed))
 
 
+@dataclass(frozen=True)
+class ExpertInputs:
+    """The inputs of experts.
+
+    x          float32 [n, K]
+    rows       for each expert the rows of `x` that are its own, int64 [n_e]
+    of_tokens  whether `x` is one row for each token, and so the channels are the same for all experts
+    """
+
+    x: Tensor
+    rows: Sequence[Tensor]
+    of_tokens: bool
+
+
+class ExpertHessians(Sequence[Tensor]):
+    """The Hessians [K, K] of experts, each computed when it is asked for: those of all experts take too much memory.
+
+    An expert that few tokens reach, or none, gets much of what all tokens of the layer have, if its channels are the
+    same: they count as K tokens.
+    """
+
+    def __init__(self, inputs: ExpertInputs, importance: Tensor | None, of_layer: Tensor | None):
+        """importance: float32 [E, K], if it is known; of_layer: float32 [K, K], H of all tokens."""
+        self.inputs, self.importance, self.of_layer = inputs, importance, of_layer
+
+    def __len__(self) -> int:
+        return len(self.inputs.rows)
+
+    def __getitem__(self, expert: int) -> Tensor:  # type: ignore[override]
+        if not 0 <= expert < len(self):
+            raise IndexError(expert)
+        x = self.inputs.x[self.inputs.rows[expert]]
+        n, n_channels = x.shape
+        if self.of_layer is None:
+            hessian = shrunk(gram(x) / max(n, 1), n)
+        else:
+            hessian = (gram(x) + n_channels * self.of_layer) / (n + n_channels)
+        if self.importance is not None:
+            wanted = self.importance[expert].to(hessian)
+            diagonal = hessian.diagonal()
+            scale = torch.where(diagonal > 0, wanted / diagonal, 0).sqrt()
+            hessian = scale[:, None] * hessian * scale
+            hessian.diagonal().copy_(wanted)
+        return hessian
+
+
+def shrunk(hessian: Tensor, n_tokens: int) -> Tensor:
+    """Return a Hessian [K, K] that is a mean over n tokens, with smaller correlations.
+
+    It is as if as many tokens as there are channels had shown no correlation at all, and then SHRINKAGE.
+    """
+    diagonal = hessian.diagonal().clone()
+    hessian = hessian * ((1 - SHRINKAGE) * n_tokens / (n_tokens + len(hessian)))
+    hessian.diagonal().copy_(diagonal)
+    return hessian
+
+
 class SyntheticMoments:
     """Second moments by GGUF tensor.
 
     They must be asked for in the order of the blocks, since only one block's inputs are in memory.
 
     position  the next block to run; the number of blocks stands for the head
-    inputs    float32 [n * T, K] by tensor, of the block before `position`
+    inputs    float32 [n * T, K] by tensor, of the block before `position`; those of experts apart
     residual  float32 [n * T, d]: the residual stream after it
     """
 
@@ -78,8 +138,11 @@ class SyntheticMoments:
         self.file, self.shapes, self.imatrix, self.device = file, file.shapes, imatrix, device
         self.n_blocks = 1 + max(block_number(name, -1) for name in self.shapes)
         self.position = 0
-        self.inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor | ExpertInputs] = {}
         self.n_sequences, self.length = tokens.shape
+        self.epsilon = self._setting(
+            "attention.layer_norm_rms_epsilon", self._setting("attention.layer_norm_epsilon", 1e-5)
+        )
         width = self.shapes["token_embd.weight"][1]
         # Gemma's factor is not in the metadata.
         factor = width**0.5 if self._is_gemma else self._setting("embedding_scale", 1.0)
@@ -113,12 +176,15 @@ class SyntheticMoments:
         if name not in self.inputs:
             return None
         x = self.inputs[name]
-        moments = gram(x) / len(x)
-        diagonal = moments.diagonal().clone()
-        # As if as many tokens as there are channels had shown no correlation at all, and then SHRINKAGE.
-        moments *= (1 - SHRINKAGE) * len(x) / sum(x.shape)
-        moments.diagonal().copy_(diagonal)
-        return Moments(moments, None) if moments.isfinite().all() else None
+        if isinstance(x, ExpertInputs):
+            if not x.x.isfinite().all():
+                return None
+            entry = self.imatrix.entries.get(name)
+            importance = None if entry is None else torch.from_numpy(entry.importance()).view(len(x.rows), -1)
+            of_layer = shrunk(gram(x.x) / len(x.x), len(x.x)) if x.of_tokens else None
+            return Moments(ExpertHessians(x, importance, of_layer), None)
+        hessian = shrunk(gram(x) / len(x), len(x))
+        return Moments(hessian, None) if hessian.isfinite().all() else None
 
     def _run_block(self, block: str) -> None:
         """Send the residual stream through a block, and keep the inputs of the block's matrices."""
@@ -136,17 +202,14 @@ class SyntheticMoments:
             if has_post_norm and (has_ffn_norm or only_of_outputs):
                 out = self._normalised(out, block + "post_attention_norm")
             self.residual = self.residual + scale * out
-        if not self._has(block + "ffn_up", before.shape[1]) or not self._writes(block + "ffn_down"):
-            return
         norm = "ffn_norm" if has_ffn_norm else "post_attention_norm" if has_post_norm else "attn_norm"
-        x = self.residual if has_ffn_norm or has_post_norm else before
-        if not only_of_outputs:
-            x = self._normalised(x, block + norm)
-        x = self._input([block + stem for stem in _FEED_FORWARD], x)
-        out = self._product(self._input([block + "ffn_down"], self._activated(block, x)), block + "ffn_down")
+        given = self.residual if has_ffn_norm or has_post_norm else before
+        fed = self._feed_forward(block, given if only_of_outputs else self._normalised(given, block + norm))
+        if fed is None:
+            return
         if self._has(block + "post_ffw_norm"):
-            out = self._normalised(out, block + "post_ffw_norm")
-        self.residual = self.residual + scale * out
+            fed = self._normalised(fed, block + "post_ffw_norm")
+        self.residual = self.residual + scale * fed
 
     def _heads(self, block: str, x: Tensor) -> Tensor | None:
         """Return the inputs of `attn_output` for the inputs x of attention; None if they are not known."""
@@ -210,17 +273,83 @@ class SyntheticMoments:
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
-    def _activated(self, block: str, x: Tensor) -> Tensor:
-        """Return the inputs of `ffn_down` for the inputs x of the feed-forward network."""
-        up = self._product(x, block + "ffn_up")
-        gelu, silu = torch.nn.functional.gelu, torch.nn.functional.silu
-        gated = gelu if self._is_gemma else silu
-        if self._has(block + "ffn_gate"):
-            return gated(self._product(x, block + "ffn_gate")) * up
-        if up.shape[1] == 2 * self.shapes[block + "ffn_down.weight"][1]:  # gate and up are one matrix
+    def _feed_forward(self, block: str, x: Tensor) -> Tensor | None:
+        """Return the outputs of the feed-forward network for its inputs x; None if they are not known."""
+        if self._has(block + "ffn_gate_inp", x.shape[1]) and self._writes(block + "ffn_down_exps"):
+            out = self._experts(block, x)
+            if self._has(block + "ffn_up_shexp", x.shape[1]) and self._writes(block + "ffn_down_shexp"):
+                shared = self._dense(block, x, "_shexp")
+                gate = self._vector(block + "ffn_gate_inp_shexp.weight")
+                out += shared if gate is None else shared * (x @ gate.view(-1, 1)).sigmoid()
+            return out
+        if self._has(block + "ffn_up", x.shape[1]) and self._writes(block + "ffn_down"):
+            return self._dense(block, x)
+        return None
+
+    def _dense(self, block: str, x: Tensor, suffix: str = "") -> Tensor:
+        """Return the outputs of a network whose matrices have this suffix in their names."""
+        x = self._input([block + stem + suffix for stem in _FEED_FORWARD], x)
+        down = f"{block}ffn_down{suffix}"
+        up = self._product(x, f"{block}ffn_up{suffix}")
+        gate = self._product(x, f"{block}ffn_gate{suffix}") if self._has(f"{block}ffn_gate{suffix}") else None
+        return self._product(self._input([down], self._activated(gate, up, self.shapes[f"{down}.weight"][1])), down)
+
+    def _activated(self, gate: Tensor | None, up: Tensor, width: int) -> Tensor:
+        """Return the inputs [n, width] of `ffn_down`. Without a gate, `up` may hold both."""
+        if gate is None and up.shape[1] == 2 * width:
             gate, up = up.chunk(2, 1)
-            return gated(gate) * up
-        return gelu(up)
+        if gate is None:
+            return torch.nn.functional.gelu(up)
+        gelu, silu = torch.nn.functional.gelu, torch.nn.functional.silu
+        return (gelu if self._is_gemma else silu)(gate) * up
+
+    def _experts(self, block: str, x: Tensor) -> Tensor:
+        """Send every token to the experts that its router chooses, and keep their inputs. Return outputs [n, d]."""
+        names = {stem: f"{block}{stem}_exps.weight" for stem in ("ffn_gate", "ffn_up", "ffn_down")}
+        n_experts, _, width = self.shapes[names["ffn_down"]]
+        chosen, weights = self._routed(block, x)
+        out, inner = torch.zeros_like(x), x.new_empty(chosen.numel(), width)
+        rows: list[Tensor] = []
+        own: list[Tensor] = []
+        for expert in range(n_experts):
+            tokens, nth = (chosen == expert).nonzero(as_tuple=True)
+            start = sum(len(of_expert) for of_expert in rows)
+            rows.append(tokens)
+            own.append(torch.arange(start, start + len(tokens), device=x.device))
+            if not len(tokens):
+                continue
+            number = torch.tensor([expert])
+            gate, up, down = (
+                load_weight(self.file, name, self.device, number)[0] if name in self.shapes else None
+                for name in names.values()
+            )
+            self.file.release()
+            assert up is not None
+            assert down is not None
+            given = x[tokens]
+            with fast_products():
+                opened = None if gate is None else (given @ gate.T).float()
+                inner[own[-1]] = self._activated(opened, (given @ up.T).float(), width)
+                made = (inner[own[-1]] @ down.T).float()
+            out.index_add_(0, tokens, made * weights[tokens, nth, None])
+        self.inputs |= {
+            names["ffn_gate"]: ExpertInputs(x, rows, True),
+            names["ffn_up"]: ExpertInputs(x, rows, True),
+            names["ffn_down"]: ExpertInputs(inner, own, False),
+        }
+        return out
+
+    def _routed(self, block: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts [n, k] that the router chooses for each token, and the weights of their outputs."""
+        logits = self._product(x, block + "ffn_gate_inp")
+        scores = logits.sigmoid() if self._setting("expert_gating_func", 1) == 2 else logits.softmax(1)
+        bias = self._vector(block + "exp_probs_b.bias")
+        n_used = min(int(self._setting("expert_used_count", 1)), scores.shape[1])
+        chosen = (scores if bias is None else scores + bias).topk(n_used, 1).indices
+        weights = scores.gather(1, chosen)
+        if self._setting("expert_weights_norm", self.file.architecture not in _UNEVEN_EXPERTS):
+            weights = weights / weights.sum(1, keepdim=True)
+        return chosen, weights * (self._setting("expert_weights_scale", 0) or 1)
 
     def _input(self, stems: list[str], x: Tensor) -> Tensor:
         """Scale x [n, K] to the importance of the matrices `stems`, and keep it as their inputs. Return it.
@@ -240,7 +369,7 @@ class SyntheticMoments:
         bias = self._vector(f"{stem}.bias")
         if bias is not None:
             x = x - x.mean(-1, keepdim=True)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _NORM_EPSILON)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
         weight = self._vector(f"{stem}.weight")
         if weight is not None:
             x = x * weight
@@ -259,9 +388,9 @@ class SyntheticMoments:
         return shape is not None and (n_inputs is None or (len(shape) == 2 and shape[1] == n_inputs))
 
     def _writes(self, stem: str) -> bool:
-        """Return whether the file has the matrix, with outputs as wide as the residual stream."""
+        """Return whether the file has the matrix, or experts' matrices, with outputs as wide as the residual stream."""
         shape = self.shapes.get(f"{stem}.weight", ())
-        return len(shape) == 2 and shape[0] == self.residual.shape[1]
+        return len(shape) >= 2 and shape[-2] == self.residual.shape[1]
 
     def _vector(self, name: str) -> Tensor | None:
         return load_weight(self.file, name, self.device) if name in self.shapes else None

@@ -165,7 +165,10 @@ def _type_errors(
     hessian, outputs = (seen.inputs, seen.outputs) if seen else (None, None)
     importance = None if seen else importance_of(name, weight)
     # The divergence at a relative error of 1, all of the matrix gone.
-    stake = None if hessian is None or outputs is None else output_error(weight, hessian, outputs) / 2
+    stake = None
+    if outputs is not None:
+        assert isinstance(hessian, Tensor)
+        stake = output_error(weight, hessian, outputs) / 2
     errors: TypeErrors = {}
     for ggml_type in types:
         result = quantize(weight, ggml_type, importance, hessian, outputs, seed=seed)

@@ -13,6 +13,7 @@ quantized layers before have added to it wrongly is made good as far as x' tells
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,8 +27,8 @@ from ..errors import AaacError
 class Moments:
     """The moments of one parameter as calibration measured them, on the model's device.
 
-    inputs        float32 [K, K], or [E, K, K] for E experts: the mean of x x^T over the tokens that reached the
-                  parameter. It is zero for an expert that no token reached.
+    inputs        float32 [K, K], or for E experts [E, K, K] or a sequence of E: the mean of x x^T over the tokens that
+                  reached the parameter. It is zero for an expert of which nothing is known.
     outputs       float32 [N, N]: the mean of g g^T over the same tokens; None for experts, and for too many outputs
     drift         float32 [K, K]: the mean of (x_full - x) x^T, how far the inputs are from those of the full model;
                   None if they are the same, for experts, and with `output_drift`
@@ -35,7 +36,7 @@ class Moments:
     n_tokens      the number of tokens of which the drifts are means
     """
 
-    inputs: Tensor
+    inputs: Tensor | Sequence[Tensor]
     outputs: Tensor | None
     drift: Tensor | None = None
     output_drift: Tensor | None = None
@@ -53,6 +54,7 @@ class Moments:
             drift = weight @ self.drift
         else:
             return weight
+        assert isinstance(self.inputs, Tensor)
         inputs = factor(self.inputs, DRIFT_DAMPING + 2 * len(self.inputs) / self.n_tokens)
         move = inputs.solve(drift.T / inputs.mean).T
         if self.output_drift is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ def quantize(
     weight: Tensor,
     type: T,
     importance: Tensor | None = None,
-    hessian: Tensor | None = None,
+    hessian: Tensor | Sequence[Tensor] | None = None,
     outputs: Tensor | None = None,
     *,
     method: Method = "aaac",
@@ -68,7 +69,8 @@ def quantize(
     type: a type that TENSOR_TYPES has a quantizer for.
     importance: [K] or [E, K], the mean of x^2 for each input channel. An expert whose importance is all zero was never
     routed to, and counts as 1.
-    hessian: [K, K] or [E, K, K], the mean of x x^T. It replaces the importance, and there is error feedback.
+    hessian: [K, K], or [E, K, K] or a sequence of E of [K, K], the mean of x x^T. It replaces the importance, and there
+    is error feedback.
     outputs: [N, N], the mean of g g^T for the gradients g at the outputs, up to a factor. With it there is feedback
     between rows too. It needs a Hessian and a single matrix.
     method: "aaac", or "paper" for Algorithm 1 of the paper with absmax scales. The latter takes no Hessian, and makes
@@ -86,9 +88,10 @@ def quantize(
         raise ValueError("outputs go with a Hessian and a single matrix")
     experts = weight.reshape(-1, *weight.shape[-2:])
     n_experts, n_rows, n_per_row = experts.shape
-    if hessian is not None:
+    if isinstance(hessian, Tensor):
         hessian = hessian.reshape(n_experts, n_per_row, n_per_row)
-        importance = hessian.diagonal(dim1=1, dim2=2)
+    if hessian is not None:
+        importance = torch.stack([of_expert.diagonal() for of_expert in hessian])
     importance = _normalised(importance, n_experts, n_per_row, weight.device)
     largest = float(weight.abs().amax())
     unit = _power_of_two(largest)

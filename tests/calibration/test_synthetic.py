@@ -10,7 +10,16 @@ from gguf import GGMLQuantizationType as T
 from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
-from aaac_gguf.calibration.synthetic import LENGTH, N_SEQUENCES, SHRINKAGE, SyntheticMoments, estimation_tokens
+from aaac_gguf.calibration.synthetic import (
+    LENGTH,
+    N_SEQUENCES,
+    SHRINKAGE,
+    ExpertHessians,
+    ExpertInputs,
+    SyntheticMoments,
+    estimation_tokens,
+    shrunk,
+)
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Entry, Imatrix
@@ -308,6 +317,53 @@ def test_every_block_may_have_its_own_number_of_groups(tensors, tmp_path, monkey
             torch.testing.assert_close(h[head], h[order.index(value)], rtol=1e-3, atol=1e-3)
 
 
+def test_experts_get_the_tokens_that_the_router_sends_them(tensors, synthetic, rng):
+    """Two of three experts for each token. Few tokens, so the moments of all count as well."""
+    tensors["blk.0.attn_output.weight"][:] = 0
+    for stem in ("ffn_gate", "ffn_up", "ffn_down"):
+        shape = tensors.pop(f"blk.0.{stem}.weight").shape
+        tensors[f"blk.0.{stem}_exps.weight"] = rng.normal(size=(3, *shape)).astype(np.float32)
+    tensors["blk.0.ffn_gate_inp.weight"] = rng.normal(size=(3, D)).astype(np.float32)
+    found = synthetic(expert_used_count=2)
+    x = rms(embeddings(tensors)) * weight(tensors, "blk.0.ffn_norm.weight")
+    scores = (x @ weight(tensors, "blk.0.ffn_gate_inp.weight").T).softmax(1)
+    left_out = scores.argmin(1)
+    kept = scores.scatter(1, left_out[:, None], 0)
+    shares = kept / kept.sum(1, keepdim=True)
+    hessians, inner = (
+        found.moments("blk.0.ffn_up_exps.weight").inputs,
+        found.moments("blk.0.ffn_down_exps.weight").inputs,
+    )
+    assert len(hessians) == len(inner) == 3
+    out = torch.zeros_like(x)
+    for expert in range(3):
+        own = x[left_out != expert]
+        expected = (own.T @ own + D * moments_of(x)) / (len(own) + D)
+        torch.testing.assert_close(hessians[expert], expected, rtol=1e-4, atol=1e-5)
+        gate, up, down = (weight(tensors, f"blk.0.ffn_{stem}_exps.weight")[expert] for stem in ("gate", "up", "down"))
+        opened = torch.nn.functional.silu(own @ gate.T) * (own @ up.T)
+        h = opened.T @ opened / len(own)
+        torch.testing.assert_close(inner[expert], shrunk(h, len(own)), rtol=1e-3, atol=1e-2)
+        out[left_out != expert] += (opened @ down.T) * shares[left_out != expert][:, [expert]]
+    attended = rms(embeddings(tensors) + out) * weight(tensors, "blk.1.attn_norm.weight")
+    torch.testing.assert_close(found.moments("blk.1.attn_q.weight").inputs, moments_of(attended), rtol=1e-3, atol=1e-3)
+
+
+def test_experts_have_the_importance_that_is_known(tensors, rng):
+    """Also one that no token reaches: it has the correlations of all tokens."""
+    x = torch.from_numpy(rng.normal(size=(50, D)).astype(np.float32))
+    inputs = ExpertInputs(x, [torch.arange(0, 50, 2), torch.tensor([], dtype=torch.long)], True)
+    importance = torch.from_numpy(rng.uniform(0.1, 9, size=(2, D)).astype(np.float32))
+    of_layer = x.T @ x / 50
+    blind, known = ExpertHessians(inputs, None, of_layer), ExpertHessians(inputs, importance, of_layer)
+    torch.testing.assert_close(blind[1], of_layer)
+    for expert, hessian in enumerate(known):
+        torch.testing.assert_close(hessian.diagonal(), importance[expert])
+        scale = (importance[expert] / blind[expert].diagonal()).sqrt()
+        torch.testing.assert_close(hessian, scale[:, None] * blind[expert] * scale, rtol=1e-4, atol=1e-5)
+    assert not ExpertHessians(inputs, None, None)[1].any()
+
+
 @pytest.mark.llama
 def test_tokens_are_those_of_the_bundled_text(demo_full):
     tokens = estimation_tokens(resources.MODEL, demo_full)
@@ -343,33 +399,45 @@ FAMILIES = (
 )
 
 
+MIXTURES = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE")
+
+
+def hessian_of(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x / max(len(x), 1)
+
+
 @pytest.mark.llama
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_the_walk_is_the_models_forward_pass(family, llama_source, tmp_path, monkeypatch):
     """For sequences of at most 64 tokens, the width of Gemma's window."""
     monkeypatch.setattr(tools, "convert_hf", families.convert_hf)
-    folder = families.save(families.DENSE[family](), tmp_path / "model")
+    folder = families.save((families.DENSE | families.MIXTURES)[family](), tmp_path / "model")
     model = checkpoint.load_model(folder)
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
 
     def observe(parameter, expert, x):
-        seen[parameter] = seen.get(parameter, 0) + x.T @ x
+        seen.setdefault((parameter, expert), []).append(x.clone())
 
     with full_precision(folder, tmp_path) as file:
         tokens = estimation_tokens(folder, file)[:8, :64]
         calibrate.Activations(calibrate.Blocks(model, tokens[:1]), tokens, len(tokens)).run(observe)
         expected = {
-            name: square / tokens.numel()
-            for parameter, square in seen.items()
+            (name, expert): hessian_of(torch.cat(x))
+            for (parameter, expert), x in seen.items()
             for name in checkpoint.gguf_names(parameter, file.architecture, 2, file.shapes)
             if name.startswith("blk.")
         }
         found = SyntheticMoments(file, tokens, Imatrix({}))
         apart = {}
-        for name in sorted(expected, key=lambda name: gguf_io.block_number(name, 99)):
+        for name, expert in sorted(expected, key=lambda key: gguf_io.block_number(key[0], 99)):
+            if "ffn_gate_inp" in name:  # is not quantized
+                continue
             found.moments(name)
             x = found.inputs[name]
-            apart[name] = float((x.T @ x / len(x) - expected[name]).norm() / expected[name].norm())
+            if isinstance(x, ExpertInputs):
+                x = x.x[x.rows[expert]]
+            wanted = expected[name, expert]
+            apart[name, expert] = float((hessian_of(x) - wanted).norm() / wanted.norm())
     assert len(apart) >= 2 * 4
     assert max(apart.values()) < 2e-3, apart
 
