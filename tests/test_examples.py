@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 
 from aaac_gguf.files import gguf as gguf_io
+from aaac_gguf.llama import tools
+from aaac_gguf.resources import SAMPLE_TEXT
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -61,10 +64,18 @@ def test_run_in_transformers_goes_on_after_the_prompt(tmp_path):
     assert len(out.split()) > 5
 
 
+@pytest.fixture
+def tiny(tmp_path):
+    """A model that is quickly converted."""
+    return families.save(families.DENSE["Llama 3"](), tmp_path / "tiny")
+
+
 @pytest.mark.slow
 @pytest.mark.llama
-def test_from_gguf_and_imatrix_verifies_its_file(tmp_path, patched):
-    out = run_example("from_gguf_and_imatrix.sh", cwd=tmp_path)
+def test_from_gguf_and_imatrix_verifies_its_file(tiny, tmp_path, patched):
+    full = tmp_path / "full.gguf"
+    tools.convert_hf(tiny, full, "f16")
+    out = run_example("from_gguf_and_imatrix.sh", full, SAMPLE_TEXT, tmp_path, cwd=tmp_path)
     assert out.rstrip().endswith("verified")
     file = gguf_io.read(tmp_path / "model.gguf")
     assert '"source": "imatrix"' in file.get("aaac.calibration")
@@ -72,8 +83,8 @@ def test_from_gguf_and_imatrix_verifies_its_file(tmp_path, patched):
 
 @pytest.mark.slow
 @pytest.mark.llama
-def test_compare_types_prints_a_row_for_each_type(tmp_path, patched):
-    out = run_example("compare_types.py", "--types", "AAAC4_G16,IQ4_NL", "--calibration", "none", cwd=tmp_path)
+def test_compare_types_prints_a_row_for_each_type(tiny, tmp_path, patched):
+    out = run_example("compare_types.py", tiny, "--types", "AAAC4_G16,IQ4_NL", "--calibration", "none", cwd=tmp_path)
     rows = re.finditer(r"^(\w+(?: \(\S+\))?) +[\d,]+ +([\d.]+)", out, re.MULTILINE)
     klds = {row[1]: float(row[2]) for row in rows}
     assert klds["AAAC4_G16"] < klds["IQ4_NL (llama-quantize)"]
