@@ -78,14 +78,13 @@ class ExpertInputs:
 
 
 class ExpertHessians(Sequence[Tensor]):
-    """The Hessians [K, K] of experts, each computed when it is asked for: those of all experts take too much memory.
-
-    An expert that few tokens reach, or none, gets much of what all tokens of the layer have, if its channels are the
-    same: they count as K tokens.
-    """
+    """The Hessians [K, K] of experts, each computed when it is asked for: those of all experts take too much memory."""
 
     def __init__(self, inputs: ExpertInputs, importance: Tensor | None, of_layer: Tensor | None):
-        """importance: float32 [E, K], if it is known; of_layer: float32 [K, K], H of all tokens."""
+        """importance: float32 [E, K], if it is known.
+
+        of_layer: float32 [K, K], H of all tokens, for experts that none of them reach.
+        """
         self.inputs, self.importance, self.of_layer = inputs, importance, of_layer
 
     def __len__(self) -> int:
@@ -95,11 +94,10 @@ class ExpertHessians(Sequence[Tensor]):
         if not 0 <= expert < len(self):
             raise IndexError(expert)
         x = self.inputs.x[self.inputs.rows[expert]]
-        n, n_channels = x.shape
-        if self.of_layer is None:
-            hessian = shrunk(gram(x) / max(n, 1), n)
+        if len(x):
+            hessian = shrunk(gram(x) / len(x), len(x))
         else:
-            hessian = (gram(x) + n_channels * self.of_layer) / (n + n_channels)
+            hessian = torch.zeros_like(x.T @ x) if self.of_layer is None else self.of_layer
         if self.importance is not None:
             wanted = self.importance[expert].to(hessian)
             diagonal = hessian.diagonal()

@@ -46,7 +46,7 @@ class Rounding(StrEnum):
     NEAREST = "nearest"  # each to the nearest value, as llama-quantize does without an importance matrix
     IMPORTANCE = "importance"  # searched for the least error under the importance of the inputs
     FEEDBACK = "feedback"  # searched with error feedback under second moments
-    SYNTHETIC = "feedback (synthetic)"  # the same, under moments estimated from the weights and the importance
+    SYNTHETIC = "feedback (synthetic)"  # the same, under estimated moments
 
 
 @dataclass(frozen=True)

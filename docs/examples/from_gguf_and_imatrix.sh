@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make an AAAC file from a full-precision GGUF and llama.cpp's importance matrix. No model runs in Python.
+# Make an AAAC file from a full-precision GGUF and llama.cpp's importance matrix. transformers runs no model.
 #
 #   from_gguf_and_imatrix.sh [FULL.gguf] [TEXT] [OUT_FOLDER]
 #
@@ -21,7 +21,7 @@ fi
 # Importance: the mean square of every input channel over a text. A longer text than this one is better.
 aaac-gguf llama run llama-imatrix -m "$full" -f "$text" -o "$out/imatrix.gguf" -c 256
 
-# The importance, and correlations that are estimated from the weights. `--no-feedback` would be faster and less exact.
+# The importance, and correlations from a short text that passes through the weights. `--no-feedback` would be faster and less exact.
 aaac-gguf convert "$full" --imatrix "$out/imatrix.gguf" -o "$out/model.gguf"
 
 # Structure, the error of every tensor, and the logits.

@@ -75,11 +75,15 @@ def rms(x):
     return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
 
 
+def hessian_of(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x / max(len(x), 1)
+
+
 def moments_of(x):
     """Return the moments of inputs x float32 [n, K]; its rows stand for all tokens."""
-    h = x.T @ x / len(x)
-    shrunk = (1 - SHRINKAGE) * TOKENS.numel() / (TOKENS.numel() + len(h)) * h
-    return torch.where(torch.eye(len(h), dtype=torch.bool), h, shrunk)
+    h = hessian_of(x)
+    less = (1 - SHRINKAGE) * TOKENS.numel() / (TOKENS.numel() + len(h)) * h
+    return torch.where(torch.eye(len(h), dtype=torch.bool), h, less)
 
 
 def embeddings(tensors):
@@ -318,7 +322,7 @@ def test_every_block_may_have_its_own_number_of_groups(tensors, tmp_path, monkey
 
 
 def test_experts_get_the_tokens_that_the_router_sends_them(tensors, synthetic, rng):
-    """Two of three experts for each token. Few tokens, so the moments of all count as well."""
+    """Two of three experts for each token."""
     tensors["blk.0.attn_output.weight"][:] = 0
     for stem in ("ffn_gate", "ffn_up", "ffn_down"):
         shape = tensors.pop(f"blk.0.{stem}.weight").shape
@@ -338,12 +342,10 @@ def test_experts_get_the_tokens_that_the_router_sends_them(tensors, synthetic, r
     out = torch.zeros_like(x)
     for expert in range(3):
         own = x[left_out != expert]
-        expected = (own.T @ own + D * moments_of(x)) / (len(own) + D)
-        torch.testing.assert_close(hessians[expert], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hessians[expert], shrunk(hessian_of(own), len(own)), rtol=1e-4, atol=1e-5)
         gate, up, down = (weight(tensors, f"blk.0.ffn_{stem}_exps.weight")[expert] for stem in ("gate", "up", "down"))
         opened = torch.nn.functional.silu(own @ gate.T) * (own @ up.T)
-        h = opened.T @ opened / len(own)
-        torch.testing.assert_close(inner[expert], shrunk(h, len(own)), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(inner[expert], shrunk(hessian_of(opened), len(own)), rtol=1e-3, atol=1e-2)
         out[left_out != expert] += (opened @ down.T) * shares[left_out != expert][:, [expert]]
     attended = rms(embeddings(tensors) + out) * weight(tensors, "blk.1.attn_norm.weight")
     torch.testing.assert_close(found.moments("blk.1.attn_q.weight").inputs, moments_of(attended), rtol=1e-3, atol=1e-3)
@@ -400,10 +402,6 @@ FAMILIES = (
 
 
 MIXTURES = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE")
-
-
-def hessian_of(x: torch.Tensor) -> torch.Tensor:
-    return x.T @ x / max(len(x), 1)
 
 
 @pytest.mark.llama

@@ -10,6 +10,7 @@ from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
 from aaac_gguf.conversion import convert
+from aaac_gguf.conversion.plan import Rounding
 from aaac_gguf.conversion.settings import Settings
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import write_imatrix
@@ -87,3 +88,20 @@ def test_feedback_where_some_experts_saw_nothing(llama_source, tmp_path):
         for name in file.codecs:
             before = full[name]
             assert np.square(file[name] - before).sum() < 0.05 * np.square(before).sum()
+
+
+def test_experts_of_a_gguf_have_feedback(llama_source, tmp_path):
+    """Their moments are estimated, those of the experts that no token reaches from all tokens."""
+    source = save_random(CONFIG, tmp_path / "model")
+    with full_precision(source, tmp_path) as full:
+        made = convert.convert(full.path, tmp_path / "out.gguf", Settings())
+        plain = convert.convert(full.path, tmp_path / "plain.gguf", Settings(feedback=False))
+        of_experts = [tensor for tensor in made.tensors if "_exps" in tensor.plan.name]
+        assert len(of_experts) == 2 * len(PROJECTIONS)
+        assert {tensor.rounding for tensor in of_experts} == {Rounding.SYNTHETIC}
+        for tensor in of_experts:
+            before = full[tensor.plan.name]
+            for path, most in ((made.files[0], 0.012), (plain.files[0], 0.006)):
+                after = gguf_io.read(path)[tensor.plan.name]
+                errors = np.square(after - before).sum((1, 2)) / np.square(before).sum((1, 2))
+                assert errors.max() < most, (tensor.plan.name, path, errors)
