@@ -8,12 +8,11 @@ An importance matrix holds the mean of x_k^2 of every input channel k: the diago
 every channel is scaled to it before each matrix, so that errors do not grow from block to block.
 
 Parts of a block other than attention, experts and a dense feed-forward network add nothing here, and have no moments.
+Nor have the experts of a block whose attention is of another kind: what they are sent is not known well enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,12 +25,11 @@ from ..models.blocks import fast_products
 from ..models.weights import load_weight
 from ..quantizer.moments import Moments, gram
 from ..resources import CALIBRATION_TEXT
+from .experts import ExpertHessians, ExpertInputs, shrunk
 from .tokens import text_tokens
 
 # So many sequences of so many tokens go through the blocks.
 N_SEQUENCES, LENGTH = 16, 512
-# How far correlations between channels shrink towards zero, however many tokens show them.
-SHRINKAGE = 0.05
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")  # the matrices that multiply the normalised residual stream
 _FEED_FORWARD = ("ffn_gate", "ffn_up")
@@ -61,61 +59,6 @@ def estimation_tokens(source: Path, file: GgufFile, seed: int = 0) -> Tensor:
         reason = str(e)
     warn(f"{reason}; moments are estimated from random tokens, which is less exact")
     return torch.randint(n_vocab, (N_SEQUENCES, length), generator=torch.Generator().manual_seed(seed))
-
-
-@dataclass(frozen=True)
-class ExpertInputs:
-    """The inputs of experts.
-
-    x          float32 [n, K]
-    rows       for each expert the rows of `x` that are its own, int64 [n_e]
-    of_tokens  whether `x` is one row for each token, and so the channels are the same for all experts
-    """
-
-    x: Tensor
-    rows: Sequence[Tensor]
-    of_tokens: bool
-
-
-class ExpertHessians(Sequence[Tensor]):
-    """The Hessians [K, K] of experts, each computed when it is asked for: those of all experts take too much memory."""
-
-    def __init__(self, inputs: ExpertInputs, importance: Tensor | None, of_layer: Tensor | None):
-        """importance: float32 [E, K], if it is known.
-
-        of_layer: float32 [K, K], H of all tokens, for experts that none of them reach.
-        """
-        self.inputs, self.importance, self.of_layer = inputs, importance, of_layer
-
-    def __len__(self) -> int:
-        return len(self.inputs.rows)
-
-    def __getitem__(self, expert: int) -> Tensor:  # type: ignore[override]
-        if not 0 <= expert < len(self):
-            raise IndexError(expert)
-        x = self.inputs.x[self.inputs.rows[expert]]
-        if len(x):
-            hessian = shrunk(gram(x) / len(x), len(x))
-        else:
-            hessian = torch.zeros_like(x.T @ x) if self.of_layer is None else self.of_layer
-        if self.importance is not None:
-            wanted = self.importance[expert].to(hessian)
-            diagonal = hessian.diagonal()
-            scale = torch.where(diagonal > 0, wanted / diagonal, 0).sqrt()
-            hessian = scale[:, None] * hessian * scale
-            hessian.diagonal().copy_(wanted)
-        return hessian
-
-
-def shrunk(hessian: Tensor, n_tokens: int) -> Tensor:
-    """Return a Hessian [K, K] that is a mean over n tokens, with smaller correlations.
-
-    It is as if as many tokens as there are channels had shown no correlation at all, and then SHRINKAGE.
-    """
-    diagonal = hessian.diagonal().clone()
-    hessian = hessian * ((1 - SHRINKAGE) * n_tokens / (n_tokens + len(hessian)))
-    hessian.diagonal().copy_(diagonal)
-    return hessian
 
 
 class SyntheticMoments:
@@ -202,7 +145,11 @@ class SyntheticMoments:
             self.residual = self.residual + scale * out
         norm = "ffn_norm" if has_ffn_norm else "post_attention_norm" if has_post_norm else "attn_norm"
         given = self.residual if has_ffn_norm or has_post_norm else before
-        fed = self._feed_forward(block, given if only_of_outputs else self._normalised(given, block + norm))
+        given = given if only_of_outputs else self._normalised(given, block + norm)
+        if self._has(block + "ffn_gate_inp"):
+            fed = None if heads is None else self._mixture(block, given)
+        else:
+            fed = self._dense(block, given)
         if fed is None:
             return
         if self._has(block + "post_ffw_norm"):
@@ -271,26 +218,37 @@ class SyntheticMoments:
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
-    def _feed_forward(self, block: str, x: Tensor) -> Tensor | None:
-        """Return the outputs of the feed-forward network for its inputs x; None if they are not known."""
-        if self._has(block + "ffn_gate_inp", x.shape[1]) and self._writes(block + "ffn_down_exps"):
-            out = self._experts(block, x)
-            if self._has(block + "ffn_up_shexp", x.shape[1]) and self._writes(block + "ffn_down_shexp"):
-                shared = self._dense(block, x, "_shexp")
-                gate = self._vector(block + "ffn_gate_inp_shexp.weight")
-                out += shared if gate is None else shared * (x @ gate.view(-1, 1)).sigmoid()
-            return out
-        if self._has(block + "ffn_up", x.shape[1]) and self._writes(block + "ffn_down"):
-            return self._dense(block, x)
-        return None
+    def _dense(self, block: str, x: Tensor, suffix: str = "") -> Tensor | None:
+        """Return the outputs of a feed-forward network for its inputs x; None if they are not known.
 
-    def _dense(self, block: str, x: Tensor, suffix: str = "") -> Tensor:
-        """Return the outputs of a network whose matrices have this suffix in their names."""
-        x = self._input([block + stem + suffix for stem in _FEED_FORWARD], x)
+        suffix: of the names of its matrices.
+        """
         down = f"{block}ffn_down{suffix}"
+        if not self._has(f"{block}ffn_up{suffix}", x.shape[1]) or not self._writes(down):
+            return None
+        x = self._input([block + stem + suffix for stem in _FEED_FORWARD], x)
         up = self._product(x, f"{block}ffn_up{suffix}")
         gate = self._product(x, f"{block}ffn_gate{suffix}") if self._has(f"{block}ffn_gate{suffix}") else None
         return self._product(self._input([down], self._activated(gate, up, self.shapes[f"{down}.weight"][1])), down)
+
+    def _mixture(self, block: str, x: Tensor) -> Tensor | None:
+        """Return the outputs of experts and of shared ones for their inputs x; None if they are not known."""
+        router, gate, up, down = (
+            self.shapes.get(f"{block}{stem}.weight", ())
+            for stem in ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+        )
+        if len(router) != 2 or len(down) != 3:
+            return None
+        (n_experts, width), n_inner = router, down[2]
+        inwards, outwards = (n_experts, n_inner, width), (n_experts, width, n_inner)
+        if width != x.shape[1] or gate not in ((), inwards) or up != inwards or down != outwards:
+            return None
+        out = self._experts(block, x)
+        shared = self._dense(block, x, "_shexp")
+        if shared is not None:
+            share = self._vector(block + "ffn_gate_inp_shexp.weight")
+            out += shared if share is None else shared * (x @ share.view(-1, 1)).sigmoid()
+        return out
 
     def _activated(self, gate: Tensor | None, up: Tensor, width: int) -> Tensor:
         """Return the inputs [n, width] of `ffn_down`. Without a gate, `up` may hold both."""
@@ -318,17 +276,16 @@ class SyntheticMoments:
                 continue
             number = torch.tensor([expert])
             gate, up, down = (
-                load_weight(self.file, name, self.device, number)[0] if name in self.shapes else None
+                load_weight(self.file, name, self.device, number)[0].T if name in self.shapes else None
                 for name in names.values()
             )
             self.file.release()
             assert up is not None
             assert down is not None
-            given = x[tokens]
             with fast_products():
-                opened = None if gate is None else (given @ gate.T).float()
-                inner[own[-1]] = self._activated(opened, (given @ up.T).float(), width)
-                made = (inner[own[-1]] @ down.T).float()
+                opened = None if gate is None else (x[tokens] @ gate).float()
+                inner[own[-1]] = self._activated(opened, (x[tokens] @ up).float(), width)
+                made = (inner[own[-1]] @ down).float()
             out.index_add_(0, tokens, made * weights[tokens, nth, None])
         self.inputs |= {
             names["ffn_gate"]: ExpertInputs(x, rows, True),
@@ -386,9 +343,9 @@ class SyntheticMoments:
         return shape is not None and (n_inputs is None or (len(shape) == 2 and shape[1] == n_inputs))
 
     def _writes(self, stem: str) -> bool:
-        """Return whether the file has the matrix, or experts' matrices, with outputs as wide as the residual stream."""
+        """Return whether the file has the matrix, with outputs as wide as the residual stream."""
         shape = self.shapes.get(f"{stem}.weight", ())
-        return len(shape) >= 2 and shape[-2] == self.residual.shape[1]
+        return len(shape) == 2 and shape[0] == self.residual.shape[1]
 
     def _vector(self, name: str) -> Tensor | None:
         return load_weight(self.file, name, self.device) if name in self.shapes else None

@@ -10,16 +10,8 @@ from gguf import GGMLQuantizationType as T
 from aaac_gguf import resources
 from aaac_gguf.calibration import activations as calibrate
 from aaac_gguf.calibration import tokens as tokens_module
-from aaac_gguf.calibration.synthetic import (
-    LENGTH,
-    N_SEQUENCES,
-    SHRINKAGE,
-    ExpertHessians,
-    ExpertInputs,
-    SyntheticMoments,
-    estimation_tokens,
-    shrunk,
-)
+from aaac_gguf.calibration.experts import SHRINKAGE, ExpertHessians, ExpertInputs, shrunk
+from aaac_gguf.calibration.synthetic import LENGTH, N_SEQUENCES, SyntheticMoments, estimation_tokens
 from aaac_gguf.files import format as fmt
 from aaac_gguf.files import gguf as gguf_io
 from aaac_gguf.files.imatrix import Entry, Imatrix
@@ -349,6 +341,20 @@ def test_experts_get_the_tokens_that_the_router_sends_them(tensors, synthetic, r
         out[left_out != expert] += (opened @ down.T) * shares[left_out != expert][:, [expert]]
     attended = rms(embeddings(tensors) + out) * weight(tensors, "blk.1.attn_norm.weight")
     torch.testing.assert_close(found.moments("blk.1.attn_q.weight").inputs, moments_of(attended), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("broken", ["attn_k", "ffn_up_exps"])
+def test_experts_that_cannot_be_followed_have_no_moments(tensors, synthetic, rng, broken):
+    """After attention of another kind, and with matrices of other shapes."""
+    for stem in ("ffn_gate", "ffn_up", "ffn_down"):
+        shape = tensors.pop(f"blk.0.{stem}.weight").shape
+        tensors[f"blk.0.{stem}_exps.weight"] = rng.normal(size=(3, *shape)).astype(np.float32)
+    tensors["blk.0.ffn_gate_inp.weight"] = rng.normal(size=(3, D)).astype(np.float32)
+    assert synthetic().moments("blk.0.ffn_down_exps.weight") is not None
+    del tensors[f"blk.0.{broken}.weight"]
+    found = synthetic()
+    assert found.moments("blk.0.ffn_down_exps.weight") is None
+    assert found.moments("blk.1.ffn_down.weight") is not None
 
 
 def test_experts_have_the_importance_that_is_known(tensors, rng):
