@@ -44,7 +44,9 @@ def test_output_and_source_with_paths_that_are_not_utf8(source, tmp_path, locale
         return result.returncode, result.stdout, result.stderr
 
     status, out, err = run("convert", odd, "-o", folder / "out.gguf")
-    assert (status, err) == (0, b"")
+    assert status == 0
+    assert err.count(b"\n") == 1, err
+    assert rb"\xff.gguf: transformers cannot load the tokenizer" in err
     assert rb"\xff/out.gguf: " in out
     status, out, err = run("inspect", folder / "out.gguf", "--plot", folder / f"{ODD}.png")
     assert (status, err) == (0, b"")

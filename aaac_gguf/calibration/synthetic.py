@@ -56,7 +56,7 @@ def estimation_tokens(source: Path, file: GgufFile, seed: int = 0) -> Tensor:
             return tokens
         reason = f"{source}: its tokenizer makes tokens that have no embeddings"
     except AaacError as e:
-        reason = str(e)
+        reason = str(e).partition("; set ")[0]  # without what to do about a calibration
     warn(f"{reason}; moments are estimated from random tokens, which is less exact")
     return torch.randint(n_vocab, (N_SEQUENCES, length), generator=torch.Generator().manual_seed(seed))
 
