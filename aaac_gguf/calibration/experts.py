@@ -48,7 +48,7 @@ class ExpertHessians(Sequence[Tensor]):
         if len(x):
             hessian = shrunk(gram(x) / len(x), len(x))
         else:
-            hessian = torch.zeros_like(x.T @ x) if self.of_layer is None else self.of_layer
+            hessian = x.new_zeros(x.shape[1], x.shape[1]) if self.of_layer is None else self.of_layer
         if self.importance is not None:
             wanted = self.importance[expert].to(hessian)
             diagonal = hessian.diagonal()

@@ -122,7 +122,8 @@ class SyntheticMoments:
                 return None
             entry = self.imatrix.entries.get(name)
             importance = None if entry is None else torch.from_numpy(entry.importance()).view(len(x.rows), -1)
-            of_layer = shrunk(gram(x.x) / len(x.x), len(x.x)) if x.of_tokens else None
+            some_idle = not all(map(len, x.rows))
+            of_layer = shrunk(gram(x.x) / len(x.x), len(x.x)) if x.of_tokens and some_idle else None
             return Moments(ExpertHessians(x, importance, of_layer), None)
         hessian = shrunk(gram(x) / len(x), len(x))
         return Moments(hessian, None) if hessian.isfinite().all() else None
